@@ -70,6 +70,8 @@ SAMPLES = {
     "roles": "caller=user",
     "completions": "best_vs_rest",
     "optimizer": "lion",
+    "lora_rank_pattern": "q_proj=3",
+    "lora_alpha_pattern": "q_proj=3.0",
     "min_lr_ratio": "0.25",
     "decay_ratio": "0.25",
     "lion_beta1": "0.25",
@@ -155,7 +157,7 @@ def test_dashes_and_underscores_are_the_same(
     flag = next(flag for flag in _flags(stage) if flag.name == name)
     value = SAMPLES.get(name, "3" if flag.kind is not boolean else "true")
     if name == "loss":
-        value = "dft" if stage == "sft" else "hinge"
+        value = "dft" if stage == "sft" else "sigmoid=0.25"
     rest = [
         text
         for key, given in zip(REQUIRED[::2], REQUIRED[1::2], strict=True)

@@ -52,6 +52,19 @@ DTYPES = ("float64", "float32")
 # Of one step's gradients, of parameters after three AdamW steps, and of their mean drift.
 LIMITS = {"float64": (1e-9, 1e-9, 1e-12), "float32": (1e-5, 5e-5, 1e-6)}
 STEPS = 3  # an epoch
+# Settings of adapters beside rank and alpha.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "": {},
+    "rich": {
+        "dora": True,
+        "rslora": True,
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"q_proj": 5},
+        "plus_ratio": 3.0,
+    },
+    # of the order RICH["sft"], which must be carried out before
+    "started": {"from": "sft-float32-rich-whole"},
+}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -77,6 +90,7 @@ class Order:
     keep: str = ""  # last or best: records are held out and scored, too
     loss: str = ""
     more: str = ""  # further settings as JSON
+    adapter: str = ""  # of ADAPTERS
 
 
 # Losses that need more than the log-probs of a pair: a whole step, answers to other prompts, whole
@@ -86,6 +100,11 @@ COUPLED = [
     for kind, loss in (("dpo", "aot"), ("dpo", "kto"), ("dpo", "info_nca"), ("sft", "dft"))
 ]
 BASE = [Order(kind, f"{kind}-{dtype}-whole", dtype) for kind in KINDS for dtype in DTYPES]
+RICH = {
+    "sft": Order("sft", "sft-float32-rich-whole", adapter="rich"),
+    "dpo": Order("dpo", "dpo-float64-rich-whole", "float64", adapter="rich"),
+}
+STARTED = Order("dpo", "dpo-float32-started-whole", adapter="started")
 
 
 @dataclass(frozen=True)
@@ -254,7 +273,8 @@ def drift(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def whole(order: Order) -> str:
     """The folder of what an order must be like: one process, everything in few micro-batches."""
-    return f"{order.kind}-{order.dtype}-{order.loss}whole"
+    special = "".join(f"{one}-" for one in (order.adapter,) if one) + order.loss
+    return f"{order.kind}-{order.dtype}-{special}whole"
 
 
 def _engine(order: Order, home: Path) -> str:
@@ -279,16 +299,19 @@ def _settings(order: Order, data: Path) -> SftSettings | DpoSettings:
         "max_length": 200,
         "logging_steps": 1,
         "save_steps": STEPS,
-        "lora": LoraSettings(
-            rank=4,
-            alpha=8,
-            dropout=0.1 if order.kind == "sft" else 0.0,
-            target_modules=_adapted(order),
-        ),
+        "lora": _lora(order, data.parent),
         "gradient_checkpointing": order.checkpointing,
         **json.loads(order.more or "{}"),
     }
     return SftSettings(**values) if order.kind == "sft" else DpoSettings(**values)
+
+
+def _lora(order: Order, home: Path) -> LoraSettings:
+    more: dict[str, Any] = {"dropout": 0.1 if order.kind == "sft" else 0.0}
+    more |= ADAPTERS[order.adapter]
+    if "from" in more:
+        return LoraSettings(**{**more, "from": str(home / more["from"])})
+    return LoraSettings(**{"rank": 4, "alpha": 8, "target_modules": _adapted(order)} | more)
 
 
 def _adapted(order: Order) -> tuple[str, ...] | str:

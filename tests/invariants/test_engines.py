@@ -21,6 +21,8 @@ from .orders import (
     ENGINES,
     KINDS,
     LIMITS,
+    RICH,
+    STARTED,
     Done,
     Order,
     adapter,
@@ -49,6 +51,14 @@ IN_TWO = [
     *(_order("sft", 2, engine, "best") for engine in ("ddp", "deepspeed-zero3")),
     *(_order("sft", 2, engine) for engine in ("deepspeed-zero2", "fsdp2")),
     Order("sft", "sft-float64-2-fsdp2", "float64", 512, checkpointing=True, engine="fsdp2"),
+    *(
+        Order("sft", f"sft-rich-2-{engine}", budget=512, engine=engine, adapter="rich")
+        for engine in ENGINES[1:]
+    ),
+    *(
+        Order("dpo", f"dpo-started-2-{engine}", budget=512, engine=engine, adapter="started")
+        for engine in SPREAD
+    ),
 ]
 # Three divide nothing evenly that engines divide; ddp divides nothing.
 IN_THREE = [
@@ -73,6 +83,10 @@ AGAIN = [
         keep="best" if engine == "fsdp2" else "",
     )
     for engine in ("deepspeed-zero2", *SPREAD, "offloaded.json")
+]
+AGAIN_RICH = [
+    Order("sft", f"again-rich-{engine}", engine=engine, budget=512, adapter="rich")
+    for engine in ENGINES[1:]
 ]
 ONE = Order("dpo", "single", engine="single")
 # The same, but finished under another engine, from a copy. All write and read the same files, so
@@ -127,15 +141,14 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     troubled = [*NO_MEMORY, *NO_ROOM]
     local = [order for order in troubled if order.engine == "single"]
     shared = [order for order in troubled if order.engine != "single"]
-    plain = [*(order for order in BASE if order != NOT_NEEDED), *ALONE]
-    done.alone(
-        [*plain, *(order for order in COUPLED if order.loss == "kto"), *local, _stopped(ONE)]
-    )
+    plain = [*(order for order in BASE if order != NOT_NEEDED), *ALONE, RICH["sft"], STARTED]
+    plain += [order for order in COUPLED if order.loss == "kto"]
+    done.alone([*plain, *local, _stopped(ONE)])
     back = [_moved(order, engine) for order, engine in MOVES if engine == "single"]
     there = [_moved(order, engine) for order, engine in MOVES if engine != "single"]
     for order in there:
         copied(done.home, stopped(ONE), order.folder)
-    again = [*map(_stopped, AGAIN), *AGAIN]
+    again = [*map(_stopped, AGAIN), *AGAIN, *map(_stopped, AGAIN_RICH), *AGAIN_RICH]
     done.launched(2, [*IN_TWO, STAGE_ONE, *again, *there, *shared, NO_MEMORY_SPREAD])
     done.launched(3, IN_THREE)
     for order, engine in MOVES[: len(back)]:
@@ -178,12 +191,12 @@ def test_a_checkpoint_goes_on_under_another_engine(done: Done, order: Order, eng
     assert steps == [1, 2, 3]
 
 
-@pytest.mark.parametrize("order", [STAGE_ONE, *AGAIN], ids=lambda order: order.folder)
+@pytest.mark.parametrize("order", [STAGE_ONE, *AGAIN, *AGAIN_RICH], ids=lambda order: order.folder)
 def test_a_stopped_run_ends_with_the_same_bits(done: Done, order: Order) -> None:
     same_as_whole(done, order)
     # ZeRO-1 and offloading change where things are, not one bit of them.
     like = "deepspeed-zero2" if order.engine in CONFIGURED else order.engine
-    never = adapter(done.home, f"sft-float32-2-{like}")
+    never = adapter(done.home, f"sft-{order.adapter or order.dtype}-2-{like}")
     found = adapter(done.home, order.folder)
     assert all(torch.equal(found[name], never[name]) for name in never)
 

@@ -14,7 +14,7 @@ from tandem.model.attention.backend import BACKENDS
 from tandem.model.attention.select import choose_backend
 from tandem.model.load_model import load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
-from tandem.model.lora.adapter import unreached_layers
+from tandem.model.lora.targets import unreached_layers
 
 from .families import TREES
 from .made import (

@@ -19,7 +19,8 @@ from tandem.model.logprobs.sequence_logps import (
     token_logps,
     tokens_fed,
 )
-from tandem.model.lora.adapter import LoraWeights, unreached_layers
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.lora.targets import unreached_layers
 from tandem.recipe.training_settings import LoraSettings
 
 from .families import PADDED, RECURRENT_GEMMA, TREES

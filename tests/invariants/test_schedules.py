@@ -24,6 +24,8 @@ from .orders import (
     FAULTS,
     KINDS,
     LIMITS,
+    RICH,
+    STARTED,
     STEPS,
     Done,
     Order,
@@ -43,12 +45,16 @@ IN_ONE = [
     Order("dpo", "dpo-float64-1-alone", "float64", 1),
     Order("dpo", "dpo-float64-1-unshared", "float64", 512, sharing=False),
     Order("dpo", "dpo-float32-1-checkpointing", budget=512, checkpointing=True),
+    Order("sft", "sft-rich-1-alone", budget=1, checkpointing=True, adapter="rich"),
+    Order("dpo", "dpo-rich-1-512", "float64", 512, adapter="rich"),
+    Order("dpo", "dpo-started-1-alone", budget=1, adapter="started"),
 ]
 IN_TWO = [
     *(replace(base, folder=f"{base.kind}-{base.dtype}-2-512", budget=512) for base in BASE),
     Order("sft", "sft-float64-2-alone", "float64", budget=1),
     Order("dpo", "dpo-float64-2-checkpointing", "float64", 512, checkpointing=True),
     *(replace(order, folder=f"{order.loss}-2-512", budget=512) for order in COUPLED),
+    Order("dpo", "dpo-rich-2-512", "float64", 512, adapter="rich"),
 ]
 # A fault that float32's wider limits notice, float64's notice as well.
 FAULTY = [
@@ -72,7 +78,8 @@ OTHER_DATA = replace(_SFT, folder="other-data", data="other.jsonl")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """All orders of this module, carried out."""
     done = started(tmp_path_factory.mktemp("orders"))
-    done.alone([*BASE, *COUPLED, *IN_ONE, *FAULTY, replace(ONE_FIRST, trouble="SIGTERM")])
+    plain = [*BASE, *COUPLED, *RICH.values(), STARTED, *IN_ONE, *FAULTY]
+    done.alone([*plain, replace(ONE_FIRST, trouble="SIGTERM")])
     in_two = [*IN_TWO, *STOPPED, ONE_FIRST, TWICE_TWO]
     in_two += [NOT_FINITE, BUG, MISTAKE, LOCKED, OTHER_DATA]
     with folder_lock(done.home / LOCKED.folder):

@@ -291,7 +291,6 @@ def test_an_unknown_loss_is_refused_with_the_nearest() -> None:
         ({"loss": {"sigmoid": 0.0}}, "the weight of sigmoid is 0, and must be above 0"),
         ({"loss": {"sigmoid": 1, "sft": -0.1}}, "the weight of sft is -0.1"),
         ({"loss": {}}, "no loss is named"),
-        ({"loss": "{sigmoid: 1, sft"}, "is no mapping of names to weights"),
         (
             {"loss": "hinge", "label_smoothing": 0.1},
             "label_smoothing has no effect with loss hinge",
@@ -300,7 +299,7 @@ def test_an_unknown_loss_is_refused_with_the_nearest() -> None:
         ({"loss": "simpo", "f_divergence_type": "forward_kl"}, "f_divergence_type has no effect"),
         (
             {"f_alpha_divergence_coef": 0.2},
-            "no effect with another f_divergence_type than alpha_divergence",
+            "no effect with another f_divergence_type than alpha",
         ),
         ({"loss": {"kto": 1, "sft": 1}}, "losses of different things, and cannot be mixed"),
         ({"loss": "kto", "ld_alpha": 0.5}, "ld_alpha has no effect with loss kto"),
@@ -311,7 +310,3 @@ def test_settings_that_do_not_fit_the_loss_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         DpoSettings(**settings)
-
-
-def test_a_mixture_can_be_written_as_a_text() -> None:
-    assert DpoSettings(loss="{sigmoid: 1, sft: 0.1}").losses == {"sigmoid": 1.0, "sft": 0.1}

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tandem.data.batching.collate import collate
 from tandem.model.attention.select import choose_backend
 from tandem.model.logprobs.sequence_logps import sequence_logps
-from tandem.model.lora.adapter import LoraWeights, unreached_layers
+from tandem.model.lora.adapter import LoraWeights
 from tandem.model.lora.forward import switch_dropout_off
+from tandem.model.lora.targets import unreached_layers
 from tandem.model.quantize import quantize
 from tandem.recipe.training_settings import LoraSettings
 

@@ -19,8 +19,9 @@ from tandem.model import quantize as quantization
 from tandem.model.attention.select import choose_backend
 from tandem.model.cpu.onednn_linear import order_weights
 from tandem.model.logprobs.sequence_logps import sequence_logps
-from tandem.model.lora.adapter import LoraWeights, unreached_layers
+from tandem.model.lora.adapter import LoraWeights
 from tandem.model.lora.forward import switch_dropout_off
+from tandem.model.lora.targets import unreached_layers
 from tandem.model.quantize import dequantized, quantize, quantized_of, read_record
 from tandem.model.trained_weights import trainable_parameters
 from tandem.recipe.training_settings import LoraSettings

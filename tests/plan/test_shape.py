@@ -24,7 +24,8 @@ from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.errors import UserError
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.packing_probe import probe_packing
-from tandem.model.lora.adapter import LoraWeights, unreached_layers
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.lora.targets import unreached_layers
 from tandem.model.trained_weights import hidden_matrices, trainable_parameters
 from tandem.plan.model_shape import ModelShape, described, shape_of
 from tandem.plan.stage_estimate import MemoryUse, disk_of, memory_of, state_bytes
@@ -287,3 +288,18 @@ def test_four_bits_and_checkpointing_take_less() -> None:
     assert less.weights == pytest.approx(2 * (shape.parameters - shape.in_linear) + packed, abs=1)
     assert less.activations == 100 * (3 * 32 * 2 + 10_000)
     assert plain.activations == 3_000_000
+
+
+def test_dora_trains_lengths_and_keeps_outputs() -> None:
+    lora = LoraSettings(rank=4, alpha=8, dora=True, target_modules=("q_proj", "down_proj"))
+    plain = _shape(CONFIGS["llama"], ("q_proj", "down_proj"))
+    shape = described(CONFIGS["llama"], lora, attention="auto").shape
+    outputs = 3 * (32 + 32)  # of three layers
+    assert (shape.decomposed, plain.decomposed) == (outputs, 0)
+    assert shape.trained == plain.trained + outputs
+    held = MemoryUse(
+        weight_bytes=2, quantized=False, copies=0, checkpointing=False, tokens=100,
+        activation_bytes=10.0, head_bytes=0, baseline=0,
+    )  # fmt: skip
+    more, less = (memory_of(each, held, "single", 1) for each in (shape, plain))
+    assert more.activations - less.activations == 100 * 2 * outputs

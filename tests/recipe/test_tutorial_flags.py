@@ -265,3 +265,26 @@ def test_flags_and_recipes_know_the_same_attention_backends() -> None:
     for backend in flag.choices:
         assert _call("sft", attention=backend).run.attention == backend
         assert load_recipe("demo", [f"attention={backend}"]).attention == backend
+
+
+def test_patterns_are_pairs() -> None:
+    call = _call("sft", lora_rank_pattern=["down_proj=8", "q_proj|k_proj=4"], lora_dora=True)
+    lora = call.settings.lora
+    assert lora.rank_pattern == {"down_proj": 8, "q_proj|k_proj": 4}
+    assert (lora.alpha_pattern, lora.dora, lora.rank) == ({}, True, 16)
+    said = _message("dpo", lora_alpha_pattern=["down_proj"])
+    assert said == (
+        "--lora_alpha_pattern: 'down_proj' is not PATTERN=ALPHA; write it as in "
+        "--lora_alpha_pattern down_proj=16"
+    )
+    assert "--lora_rank_pattern" in _message("sft", lora_rank_pattern=["(=8"])
+    assert "--lora_rank_pattern" in _message("sft", lora_rank_pattern=["down_proj=x"])
+
+
+def test_an_adapter_to_go_on_with_has_the_rank_that_no_flag_says() -> None:
+    lora = _call("dpo", lora_from="runs/sft").settings.lora
+    assert lora.start == "runs/sft"
+    assert not {"rank", "alpha", "target_modules"} & lora.model_fields_set
+    lora = _call("dpo", lora_from="runs/sft", lora_rank=8, lora_all_linear=True).settings.lora
+    assert {"rank", "target_modules"} <= lora.model_fields_set
+    assert (lora.rank, lora.target_modules) == (8, "all-linear")

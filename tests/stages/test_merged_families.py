@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from tandem.errors import UserError
 from tandem.model.load_model import load_adapter, load_model
-from tandem.model.lora.adapter import LoraWeights, unreached_layers
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.lora.targets import unreached_layers
 from tandem.model.trained_weights import trainable_parameters
 from tandem.model.weight_files import parts_of
 from tandem.recipe.training_settings import LoraSettings

@@ -58,6 +58,7 @@ def run(
     budget: int = 2048,
     seed: int = 1,
     console: Console = QUIET,
+    runtime: dict[str, Any] | None = None,
     **changes: Any,
 ) -> dict[str, Tensor]:
     data = folder.parent / f"{kind}.jsonl"
@@ -66,7 +67,12 @@ def run(
     stage: Any = run_sft if kind == "sft" else run_dpo
     stage(
         training_job(
-            settings(kind, data, **changes), model, folder, seed=seed, tokens_per_microbatch=budget
+            settings(kind, data, **changes),
+            model,
+            folder,
+            seed=seed,
+            tokens_per_microbatch=budget,
+            **(runtime or {}),
         ),
         console,
     )

@@ -23,11 +23,11 @@ from tandem.model.cpu.stored_weights import NARROW, is_stored, keep_stored, kept
 from tandem.model.empty_model import Places, empty_model, forget, put
 from tandem.model.lora.adapter import (
     added_ids_of_folder,
-    is_wrapper,
     switch_adapters,
     wrap_with_saved,
 )
 from tandem.model.lora.adapter_folder import check_copies, read_updates
+from tandem.model.lora.started import is_wrapper
 from tandem.model.merge_weights import WeightPair
 from tandem.model.model_folder import first_line
 from tandem.model.unwrap import layers_of

@@ -18,8 +18,8 @@ from tandem.errors import UserError
 from tandem.model.base_model import find_base
 from tandem.model.companion_files import load_combined_tokenizer
 from tandem.model.cpu.stored_weights import KEPT, kept
-from tandem.model.lora.adapter import unreached_layers
 from tandem.model.lora.adapter_config import is_adapter
+from tandem.model.lora.targets import unreached_layers
 from tandem.model.model_folder import (
     check_whole,
     first_line,

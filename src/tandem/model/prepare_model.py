@@ -20,13 +20,14 @@ from tandem.model.cpu.stored_weights import is_stored, keep_stored, widen
 from tandem.model.elementwise import compile_elementwise, fuse_elementwise
 from tandem.model.logprobs.output_head import order_head, skip_unread_rows
 from tandem.model.logprobs.sequence_logps import check_head
-from tandem.model.lora.adapter import added_ids_of_folder, unreached_layers, wrap_with_saved
+from tandem.model.lora.adapted import fuse_low_rank
+from tandem.model.lora.adapter import added_ids_of_folder, wrap_with_saved
 from tandem.model.lora.forward import (
-    fuse_low_rank,
     look_up_trained_rows,
     share_dropout_keys,
     switch_dropout_off,
 )
+from tandem.model.lora.targets import unreached_layers
 from tandem.model.trained_weights import Log, TrainedWeights
 from tandem.model.unwrap import plain_model
 

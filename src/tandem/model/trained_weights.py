@@ -29,7 +29,7 @@ class TrainedWeights(Protocol):
 
         Args:
             model: a causal language model whose attention is set.
-            unreached: linear layers that the model does not call, see `adapter.unreached_layers`.
+            unreached: linear layers that the model does not call, see `targets.unreached_layers`.
             added_ids: tokens whose embeddings are trained as well; their rows are there.
             log: told what is left out.
         """
@@ -69,3 +69,20 @@ def hidden_matrices(model: Any) -> frozenset[str]:
     of_tokens = {id(p) for end in ends if end is not None for p in end.parameters()}
     parameters = trainable_parameters(model).items()
     return frozenset(n for n, p in parameters if p.dim() == 2 and id(p) not in of_tokens)
+
+
+def set_rate_factor(parameter: Any, factor: float) -> None:
+    """Let a trained parameter learn at so many times the learning rate, in every optimizer."""
+    parameter.rate_factor = factor
+
+
+def rate_factor(parameter: Tensor) -> float:
+    """What `set_rate_factor` set; 1 otherwise."""
+    factor: float = getattr(parameter, "rate_factor", 1.0)
+    return factor
+
+
+def keep_rate_factors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Give parameters the factors of those that they replaced, by name."""
+    for name, parameter in after.items():
+        set_rate_factor(parameter, rate_factor(before[name]))

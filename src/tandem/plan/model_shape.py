@@ -15,7 +15,8 @@ from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.errors import UserError
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.packing_probe import declared_obstacle
-from tandem.model.lora.adapter import LoraWeights, refused_modules, unreached_layers
+from tandem.model.lora.adapter import LoraWeights
+from tandem.model.lora.targets import refused_modules, unreached_layers
 from tandem.model.model_folder import model_without_weights
 from tandem.model.unwrap import plain_head
 from tandem.recipe.training_settings import LoraSettings
@@ -39,6 +40,7 @@ class ModelShape:
     head: int  # multiplications of a token in the output head
     in_linear: int  # parameters in linear layers other than the head, which quantization packs
     plain: int  # those of them in torch's own linear layers, whose weights a CPU may order
+    decomposed: int  # outputs of layers with DoRA, of which a token keeps each once more
     largest_layer: int  # parameters of the largest layer, which sharded engines gather at once
     # of the decoder
     hidden: int
@@ -100,6 +102,8 @@ def shape_of(model: Any) -> ModelShape:
     for name, module in base.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or module is head:
             continue
+        if ".lora_" in name and not module.weight.requires_grad:
+            continue  # an adapter that is kept as it was
         size = _size(module)
         reached = size * (share if "experts" in name else 1.0)
         if ".lora_" in name:
@@ -108,13 +112,16 @@ def shape_of(model: Any) -> ModelShape:
             linear += reached
             in_linear += size
             plain += size if isinstance(module, nn.Linear) else 0
-    parameters = trained = edges = 0
+    parameters = trained = edges = decomposed = 0
     layers: Counter[str] = Counter()
     for name, parameter in base.named_parameters():
         size = _numbers(parameter)
         if parameter.requires_grad:
             trained += size
             edges += sum(parameter.shape) if parameter.dim() == 2 else 0
+            decomposed += size if "lora_magnitude_vector" in name else 0
+            continue
+        if ".lora_" in name:
             continue
         parameters += size
         layer = _LAYER.match(name)
@@ -131,6 +138,7 @@ def shape_of(model: Any) -> ModelShape:
         head=_size(head),
         in_linear=in_linear,
         plain=plain,
+        decomposed=decomposed,
         largest_layer=max(layers.values()),
         hidden=int(text.hidden_size),
         layers=int(text.num_hidden_layers),
@@ -138,7 +146,7 @@ def shape_of(model: Any) -> ModelShape:
 
 
 def _out_of_reach(model: Any) -> list[str] | None:
-    """See `adapter.unreached_layers`; None for a forward that needs the numbers of its tensors."""
+    """See `targets.unreached_layers`; None for a forward that needs the numbers of its tensors."""
     try:
         return unreached_layers(model)
     except (RuntimeError, TypeError, ValueError, AttributeError):

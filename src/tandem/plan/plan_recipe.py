@@ -18,7 +18,7 @@ from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import UserError
 from tandem.integrations.choose import choose_device, pieces_of
 from tandem.model.added_tokens import check_added
-from tandem.model.base_model import check_base, load_base_info
+from tandem.model.base_model import check_base, check_start, load_base_info
 from tandem.model.model_folder import model_folder
 from tandem.plan.model_shape import Described, ModelShape, described
 from tandem.plan.rate import product_rate, recorded_rate
@@ -238,6 +238,7 @@ class _Planner:
         if trains_added:
             tokens, sharded = {*added.new, *added.known}, "weights" in SHARDS[engine]
             check_added(tokens, engine=engine, sharded=sharded)
+            check_start(self.recipe, settings, base, weights=False)
             notes = [*base.warnings(), *notes]
         model = described(
             config, settings.lora, attention=recipe.attention, added=added,

@@ -98,7 +98,7 @@ def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) ->
     weights = frozen + (0 if sharded else use.copies)
     if sharded and processes > 1:
         weights = frozen / processes + 2 * shape.largest_layer * use.weight_bytes
-    per_token = use.activation_bytes
+    per_token = use.activation_bytes + shape.decomposed * use.weight_bytes
     if use.checkpointing:
         # Each layer's input stays in memory, and all activations of one layer.
         per_token = shape.layers * shape.hidden * use.weight_bytes + per_token / shape.layers

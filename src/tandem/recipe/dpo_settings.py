@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -21,18 +21,6 @@ from tandem.losses.registry import PREFERENCE_LOSSES, Compared, PreferenceLoss
 from tandem.recipe import choices
 from tandem.recipe.data_source import Sources
 from tandem.recipe.training_settings import TrainingSettings
-
-
-def _parsed(value: object) -> object:
-    """Read a mapping that is written as a text, as on a command line."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        import yaml  # not every start needs it
-
-        try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"{value!r} is no mapping of names to weights") from None
-    return value
 
 
 def _checked(value: str | dict[str, float]) -> str | dict[str, float]:
@@ -53,7 +41,7 @@ def _checked(value: str | dict[str, float]) -> str | dict[str, float]:
     return value
 
 
-Losses = Annotated[str | dict[str, float], BeforeValidator(_parsed), AfterValidator(_checked)]
+Losses = Annotated[str | dict[str, float], AfterValidator(_checked)]
 
 
 class DpoSettings(TrainingSettings):
@@ -185,10 +173,17 @@ class DpoSettings(TrainingSettings):
 _OTHER_DIVERGENCE = "another f_divergence_type than alpha_divergence; remove it"
 # Settings that some losses use.
 _OPTIONS = (
-    "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "simpo_gamma",
-    "cpo_alpha", "dpop_lambda", "discopop_tau", "desirable_weight", "undesirable_weight",
-    "score_temperature",
+    "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha",
+    "simpo_gamma", "cpo_alpha", "dpop_lambda", "discopop_tau", "desirable_weight",
+    "undesirable_weight", "score_temperature",
 )  # fmt: skip
+
+
+def uses_beta(losses: str | Iterable[str]) -> bool:
+    """Whether any of some losses, which may be unknown, uses `beta`."""
+    names = [losses] if isinstance(losses, str) else losses
+    known = [PREFERENCE_LOSSES[name] for name in names if name in PREFERENCE_LOSSES]
+    return not known or any("beta" in loss.options for loss in known)
 
 
 def _users(option: str) -> list[str]:

@@ -157,7 +157,10 @@ def data_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     names = [flag.name for flag in (*DATA_FLAGS, REVISION)]
     settings = {name: values[name] for name in names if values.get(name) is not None}
-    return settings | {name: _pairs(name, settings[name]) for name in _PAIRS if name in settings}
+    pairs = {
+        name: pairs_of(name, settings[name], *_PAIRS[name]) for name in _PAIRS.keys() & settings
+    }
+    return settings | pairs
 
 
 def named_data(paths: Sequence[str], settings: Mapping[str, Any]) -> tuple[DataSource, ...]:
@@ -171,8 +174,8 @@ def named_data(paths: Sequence[str], settings: Mapping[str, Any]) -> tuple[DataS
         raise UserError(explain(error, DataSource, lambda key: f"--{key[0]}")) from None
 
 
-def _pairs(name: str, texts: Sequence[str]) -> dict[str, str]:
-    form, example = _PAIRS[name]
+def pairs_of(name: str, texts: Sequence[str], form: str, example: str) -> dict[str, str]:
+    """Return the pairs that a flag's texts are, written as `form`; UserError for another text."""
     pairs: dict[str, str] = {}
     for text in texts:
         key, _, value = text.partition("=")

@@ -16,6 +16,7 @@ from pydantic import (
 
 from tandem.recipe import choices
 from tandem.recipe.data_source import Sources, Unweighted
+from tandem.recipe.lora_settings import LoraSettings as LoraSettings
 from tandem.recipe.method_options import in_words, without_effect
 from tandem.recipe.section import Positive, Section
 
@@ -62,20 +63,6 @@ class EarlyStoppingSettings(Section):
     )
     min_delta: NonNegativeFloat = Field(
         default=0.0, description="An improvement is more than this difference."
-    )
-
-
-class LoraSettings(Section):
-    """The adapter: `target_modules` are module name endings, or `all-linear`."""
-
-    rank: Positive = Field(default=16, description="Rank of the update matrices.")
-    alpha: PositiveFloat = Field(default=32.0, description="The update is scaled by alpha / rank.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0,
-        description="Dropout before the update; off in DPO, whose reference must equal the policy.",
-    )
-    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
-        default="all-linear", description="Module name endings such as `q_proj`, or `all-linear`."
     )
 
 

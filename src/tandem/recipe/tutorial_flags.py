@@ -18,14 +18,15 @@ from pydantic import BaseModel, ValidationError
 from tandem.errors import UserError
 from tandem.recipe import flags
 from tandem.recipe.choices import TrainingStageName
-from tandem.recipe.dpo_settings import DpoSettings
+from tandem.recipe.dpo_settings import DpoSettings, uses_beta
 from tandem.recipe.explain_errors import explain
 from tandem.recipe.flags import Flag, boolean, flag_of, flags_of_section
 from tandem.recipe.jobs import TrainingJob
+from tandem.recipe.lora_settings import FIXED, LoraSettings
 from tandem.recipe.method_options import without_effect
 from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.section import expanded
-from tandem.recipe.training_settings import LoraSettings, SftSettings, TrainingSettings
+from tandem.recipe.training_settings import SftSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from tandem.recipe.yaml_lines import Location
@@ -66,8 +67,9 @@ _HELP = {
     "max_steps": "Optimizer steps, in place of epochs; -1 is none.",
     "max_grad_norm": "Gradients are clipped to this norm; 0: they are not.",
 }
-# Fields that have no flag: a single stage has no name, and `keep` needs a validation section.
-_WITHOUT = ("name", "description", "keep", "best_metric")
+# Fields without a flag made from them: a single stage has no name, `keep` needs a validation
+# section, and patterns are written as pairs.
+_WITHOUT = ("name", "description", "keep", "best_metric", "rank_pattern", "alpha_pattern")
 
 _DATA = (
     Flag("dataset_name", expanded, "A Hub id, a folder or a file; several are read in turn.",
@@ -79,6 +81,19 @@ _BATCH_FLAGS = (
     Flag("per_device_train_batch_size", int, "Examples a device; a factor of the global batch."),
     Flag("gradient_accumulation_steps", int, "A factor of the global batch."),
 )
+_PATTERNS = {
+    "rank_pattern": ("PATTERN=RANK", "--lora_rank_pattern down_proj=8"),
+    "alpha_pattern": ("PATTERN=ALPHA", "--lora_alpha_pattern down_proj=16"),
+}
+_PATTERN_FLAGS = tuple(
+    Flag(f"lora_{key}", str, LoraSettings.model_fields[key].description or "", many=True,
+         field=("settings", "lora", key), metavar=form)
+    for key, (form, _) in _PATTERNS.items()
+)  # fmt: skip
+_LOSS = Flag(
+    "loss", str, "A loss by its name (docs/guide/losses.md), or several with their weights.",
+    many=True, field=("settings", "loss"), metavar="NAME[=WEIGHT]",
+)  # fmt: skip
 _GAUDI = (
     Flag("use_habana", boolean, "Train on Gaudi cards, where there are some."),
     flag_of(HpuSettings, "lazy_mode", "use_lazy_mode", at=("run", "hpu"),
@@ -100,14 +115,17 @@ def stage_flags(settings: type[TrainingSettings]) -> list[Flag]:
             section, names=_NAMES, helps=_HELP, without=_WITHOUT, at=at, prefix=prefix
         )
 
+    supervised = issubclass(settings, SftSettings)
     second_name = Flag("max_seq_length", int, "Another name of --max_length.")
     return [
         *made_from(RunSettings, "run"),
         *_DATA,
         *_BATCH_FLAGS,
-        *made_from(settings, "settings"),
-        *([second_name] if issubclass(settings, SftSettings) else []),
+        *(one for one in made_from(settings, "settings") if one.field != _LOSS.field or supervised),
+        *([] if supervised else [_LOSS]),
+        *([second_name] if supervised else []),
         *made_from(LoraSettings, "settings", "lora", prefix="lora_"),
+        *_PATTERN_FLAGS,
         Flag("lora_all_linear", boolean, "Adapt every linear layer but the head."),
         Flag("bf16", boolean, "Train in bfloat16; a CPU trains in float32 instead and says so."),
         *_GAUDI,
@@ -216,7 +234,16 @@ def _settle_warmup(settings: dict[str, Any], values: Values) -> None:
 
 
 def _settle_methods(settings: dict[str, Any], values: Values) -> None:
-    """Leave out what the tutorial sets for its own optimizer and schedule, and these do not use."""
+    """Read the weights of losses; leave out what the tutorial sets and these methods do not use."""
+    losses = settings.get("loss")
+    if isinstance(losses, list):
+        if len(losses) == 1 and "=" not in losses[0]:
+            settings["loss"] = losses[0]
+        else:
+            example = "--loss sigmoid=1 sft=0.1"
+            settings["loss"] = flags.pairs_of("loss", losses, "NAME=WEIGHT", example)
+        if "beta" not in values and not uses_beta(settings["loss"]):
+            settings.pop("beta", None)
     own = (settings.get("optimizer", "adamw"), settings.get("lr_scheduler", "cosine"))
     for key in without_effect(*own).keys() - values.keys():
         settings.pop(key, None)
@@ -231,6 +258,15 @@ def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values)
         raise UserError("--lora_all_linear true and --lora_target_modules are both given; keep one")
     if all_linear:
         lora["target_modules"] = "all-linear"
+    if lora.get("from") is not None:
+        # the adapter has its own
+        given = {key for key in lora if f"lora_{key}" in values}
+        given |= {"target_modules"} if all_linear else set()
+        for key in (FIXED & lora.keys()) - given:
+            del lora[key]
+    for key, (form, example) in _PATTERNS.items():
+        if (texts := values.get(f"lora_{key}")) is not None:
+            lora[key] = flags.pairs_of(f"lora_{key}", texts, form, example)
     if stage == "dpo":
         if not 0 <= lora["dropout"] < 1:
             raise UserError(f"--lora_dropout is {lora['dropout']}, but it must be in [0, 1)")

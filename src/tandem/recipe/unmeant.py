@@ -21,10 +21,12 @@ def unmeant(
     `steps` are those of the whole run and `records` those that are trained on, None while unknown.
     """
     warnings = []
-    if settings.learning_rate >= _HUGE_RATE:
+    ratio = max(1.0, settings.lora.plus_ratio)
+    if settings.learning_rate * ratio >= _HUGE_RATE:
+        times = f" times lora.plus_ratio {ratio:g}" if ratio > 1 else ""
         warnings.append(
-            f"learning_rate {settings.learning_rate:g} is larger than the weights themselves; "
-            "usual ones are between 1e-6 and 1e-3"
+            f"learning_rate {settings.learning_rate:g}{times} is larger than the weights "
+            "themselves; usual ones are between 1e-6 and 1e-3"
         )
     if isinstance(settings, DpoSettings):
         warnings += _unusual_beta(settings)

@@ -41,9 +41,10 @@ _TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-
 def run_dpo(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = ()) -> Path:
     """Align the job's model, usually the merged SFT model, with preferences.
 
-    The reference is the model itself with the adapter off; its log-probs are computed before the
-    first step or found in the store. A loss without a reference needs neither. See `train_stage`
-    for the rest.
+    The reference is the model itself as it was before the first step: with the adapter off, or with
+    the adapter that training goes on with (`lora.from`) as it is in its folder. Its log-probs are
+    computed before the first step or found in the store. A loss without a reference needs neither.
+    See `train_stage` for the rest.
     """
     settings = job.settings
     assert isinstance(settings, DpoSettings)
@@ -52,6 +53,7 @@ def run_dpo(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = 
         settings.trains_on,
         lambda inputs: _objective(inputs, settings),
         dropout=False,
+        reference=settings.needs_reference,
         warnings=lambda metrics: _warnings(metrics, settings.beta),
     )
     return train_stage(stage, job, console, callbacks)
@@ -120,7 +122,7 @@ class _Reference:
 def _reference(
     inputs: ObjectiveInputs, examples: Sequence[Example]
 ) -> tuple[NDArray[np.float64], int]:
-    """Log-probs of all answers under the policy without its adapter [S]; how many are new."""
+    """Log-probs of all answers under the policy as it was [S]; how many are new."""
     device = inputs.engine.device
     identity = hash_json(
         {
@@ -158,7 +160,7 @@ def _warnings(metrics: list[dict[str, Any]], beta: float) -> list[str]:
     collapse = chosen_collapse(metrics, beta)
     warnings = [] if collapse is None else [collapse]
     accuracy = mean.get("rewards/accuracies", 1.0)  # a loss may have no rewards
-    if accuracy < 0.5 and mean.get("rewards/margins", 0.0) < 0:
+    if accuracy < 0.5 and mean.get("rewards/margins", 0.0) < -1e-4:
         warnings.append(
             f"the policy prefers the chosen answer in only {accuracy:.0%} of pairs at the end: are "
             "chosen and rejected swapped?"

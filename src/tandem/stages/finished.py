@@ -35,6 +35,7 @@ from tandem.model.model_folder import (
 )
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import MergeJob, TrainingJob
+from tandem.recipe.lora_settings import FIXED
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import log, say_finished
 from tandem.runtime.launch import launched
@@ -51,7 +52,10 @@ _NOT_MATHEMATICS: Any = {
     "gradient_checkpointing": True,
     "max_dropped": True,
     "validation": {"data"},
+    "lora": {"from"},
 }
+# What an adapter's configuration says of its base, which is hashed itself.
+_PLACES = frozenset({"base_model_name_or_path", "revision"})
 # Settings of the first version. Those that came later count only where they are not their default,
 # so that stages of earlier versions are recognised.
 _OF_THE_FIRST_VERSION = frozenset({
@@ -93,6 +97,7 @@ def training_inputs(
             # DPO's reference depends on them, too.
             **({"added_tokens": dict(added.new)} if added.new else {}),
             **({"trained_tokens": dict(added.known)} if added.known else {}),
+            **_started(job.settings),
         },
         "data": data_identity(sources),
         **({"held_out": data_identity(held_out)} if held_out else {}),
@@ -107,6 +112,17 @@ def training_inputs(
     }
 
 
+def _started(settings: TrainingSettings) -> dict[str, Any]:
+    """The adapter that training goes on with, by content; it is DPO's reference with the model."""
+    if settings.lora.start is None:
+        return {}
+    folder = Path(settings.lora.start)
+    values = read_config_values(folder)
+    # where its base was, which may have been moved
+    said = {key: value for key, value in values.items() if key not in _PLACES}
+    return {"adapter": {"weights": hash_weights(folder), "config": hash_json(said)}}
+
+
 def _that_count(settings: TrainingSettings) -> dict[str, Any]:
     """The settings that change what is computed, by key."""
 
@@ -119,7 +135,10 @@ def _that_count(settings: TrainingSettings) -> dict[str, Any]:
             kept[key] = keep(own, value) if isinstance(own, BaseModel) else value
         return kept
 
-    return keep(settings, settings.model_dump(mode="json", exclude=_NOT_MATHEMATICS))
+    exclude = _NOT_MATHEMATICS
+    if settings.lora.start is not None:
+        exclude = exclude | {"lora": {"from", *FIXED}}
+    return keep(settings, settings.model_dump(mode="json", exclude=exclude))
 
 
 def merge_inputs(job: MergeJob, base: Path) -> dict[str, Any]:

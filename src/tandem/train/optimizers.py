@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from transformers.optimization import Adafactor
 
 from tandem.errors import UserError, require
 from tandem.model.quantize import load_bitsandbytes
+from tandem.model.trained_weights import rate_factor
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
 from tandem.train.updates.lion import Lion
@@ -165,10 +166,25 @@ def make_optimizer(
     """
     spec = OPTIMIZERS[settings.optimizer]
     given = list(parameters.values()) if spec.groups is None else spec.groups(parameters, matrices)
+    given = in_groups(given)
     if (own := device.optimizer(settings.optimizer)) is not None:
         return own(given, **spec.options(settings))
     fused = {"fused": True} if spec.fused and device.kind in _FUSED else {}
     return spec.kind(given, **spec.options(settings), **fused)
+
+
+def in_groups(given: Sequence[Any]) -> list[Any]:
+    """Parameters, or groups of them, so that each group has one factor on the learning rate."""
+    plain = [{"params": given}] if given and not isinstance(given[0], dict) else given
+    groups = []
+    for group in plain:
+        by_factor: dict[float, list[Tensor]] = {}
+        for parameter in group["params"]:
+            by_factor.setdefault(rate_factor(parameter), []).append(parameter)
+        for factor, some in by_factor.items():
+            groups.append({**group, "params": some, "rate_factor": factor})
+    usual = all(group["rate_factor"] == 1.0 for group in groups)
+    return list(given) if usual else groups
 
 
 def clip_and_step(
@@ -192,9 +208,9 @@ def clip_and_step(
 
 
 def set_rate(optimizer: Any, learning_rate: float) -> None:
-    """Give all of an optimizer's parameters one learning rate."""
+    """Give all of an optimizer's parameters a learning rate, times the factor of their group."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("rate_factor", 1.0)
 
 
 def state_of(
@@ -222,6 +238,7 @@ def load_state(
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Load what `state_of` returned; raises UserError for a parameter that is not there."""
+    # torch counts parameters group by group
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {id(parameter): number for number, parameter in enumerate(ordered)}
     state: dict[int, dict[str, Any]] = {}

@@ -94,7 +94,22 @@ class Zero2Engine(_ZeroEngine):
         self.gradients.clear()
         self._reduce()
         self._apply(0.0)
+        self._link_state()
         self._load_state(tensors)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """See `Engine.optimizer_state`."""
+        self._link_state()
+        return super().optimizer_state()
+
+    def _link_state(self) -> None:
+        """Let DeepSpeed find the state of every parameter.
+
+        It looks for all of them when the first group of parameters has taken its first step, and
+        the other groups have none yet.
+        """
+        self.zero.optimizer._hp_optimizer_states_linked = False
+        self.zero.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _share(self, make_optimizer: MakeOptimizer) -> None:
         parameters = list(self.parameters.values())

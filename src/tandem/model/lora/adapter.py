@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,28 +17,41 @@ from transformers.pytorch_utils import Conv1D
 from tandem.errors import UserError
 from tandem.model.added_tokens import embedding_names
 from tandem.model.cpu.stored_weights import as_float32, is_stored, widen
+from tandem.model.lora.adapted import start_lengths
 from tandem.model.lora.adapter_config import read_config
-from tandem.model.lora.adapter_folder import check_copies, read_updates, update_names
+from tandem.model.lora.adapter_folder import check_copies, read_updates
 from tandem.model.lora.forward import DropoutKeys, KeyedDropout
+from tandem.model.lora.started import (
+    START,
+    acting_alone,
+    check_fits,
+    is_wrapper,
+    load_into,
+    started_config,
+)
+from tandem.model.lora.targets import (
+    adapts_experts,
+    check_patterns,
+    check_targets,
+    without_order,
+)
 from tandem.model.quantize import load_bitsandbytes, write_record
-from tandem.model.trained_weights import Log
-from tandem.recipe.training_settings import LoraSettings
+from tandem.model.trained_weights import Log, set_rate_factor
+from tandem.recipe.lora_settings import LoraSettings
 
 load_bitsandbytes()  # before peft does, which would print its messages
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
-from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
-from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
-
-# Model types whose `out_proj` peft does not adapt, because fused kernels read its weight.
-_FUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """A fresh LoRA adapter (arXiv 2106.09685) as `TrainedWeights`; B starts at zero."""
+    """A LoRA adapter (arXiv 2106.09685) as `TrainedWeights`.
+
+    B of a new one starts at zero. The settings may name one to go on with instead.
+    """
 
     settings: LoraSettings
     seed: int = 0  # of A
@@ -45,6 +59,7 @@ class LoraWeights:
     base: str = ""
     revision: str | None = None
     dropout: bool = False  # whether the settings' dropout acts, by masks independent of packing
+    keeps_start: bool = False  # whether an adapter to go on with is kept as it was, for `reference`
     leaves: ClassVar[Literal["adapter", "model"]] = "adapter"
 
     def attach(
@@ -62,6 +77,23 @@ class LoraWeights:
                 f"lora.dropout {wanted.dropout} does nothing here: dropout is off, so that policy "
                 "and reference are the same function and prefixes can be shared"
             )
+        wrapped = (
+            self._new(model, unreached, added_ids, log)
+            if wanted.start is None
+            else self._started(model, log)
+        )
+        config = wrapped.peft_config["default"]
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_B." in name:
+                set_rate_factor(parameter, wanted.plus_ratio)
+        config.base_model_name_or_path, config.revision = self.base, self.revision
+        if self.dropout and wanted.dropout > 0:
+            self._add_dropout(wrapped, log)
+        return wrapped
+
+    def _new(self, model: Any, unreached: Sequence[str], added_ids: Sequence[int], log: Log) -> Any:
+        """Wrap a model with an adapter that changes nothing yet."""
+        wanted = self.settings
         everywhere = wanted.target_modules == "all-linear"
         if unreached and everywhere:
             names = sorted({name.rsplit(".", 1)[-1] for name in unreached})
@@ -72,18 +104,52 @@ class LoraWeights:
         if not everywhere:
             check_targets(model, wanted.target_modules, unreached)
         torch.manual_seed(self.seed)
-        with _quiet(), as_float32(model):
+        with _quiet(), as_float32(model), self._explained():
             wrapped = get_peft_model(model, self._config(model, unreached, added_ids))
         config = wrapped.peft_config["default"]
-        config.base_model_name_or_path, config.revision = self.base, self.revision
-        if self.dropout and wanted.dropout > 0:
-            self._add_dropout(wrapped, log)
+        for key in ("rank_pattern", "alpha_pattern"):
+            check_patterns(wrapped, key, getattr(wanted, key))
+            setattr(config, key, without_order(wrapped, getattr(config, key)))
+        start_lengths(wrapped)
+        return wrapped
+
+    def _started(self, model: Any, log: Log) -> Any:
+        """Wrap a model with the adapter to go on with; and with another that stays as it is."""
+        assert self.settings.start is not None
+        folder = Path(self.settings.start)
+        config = started_config(self.settings)
+        copied = copy.deepcopy(config)
+        check_copies(folder, dict(model.named_parameters(remove_duplicate=False)).get)
+        with _quiet(), as_float32(model):
+            wrapped = get_peft_model(model, config)
+            if self.keeps_start:
+                if adapts_experts(wrapped):
+                    raise UserError(
+                        f"lora.from: {folder} adapts the experts of a mixture, which peft cannot "
+                        "hold twice, so that it cannot be the reference as well. Merge it, and "
+                        "train a new adapter on the merged model."
+                    )
+                wrapped.add_adapter(START, copied)
+        if isinstance(model.get_output_embeddings(), LoraLayer):
+            raise UserError(
+                f"lora.from: {folder} adapts the output head, which cannot be trained. Merge it, "
+                "and train a new adapter on the merged model."
+            )
+        for name in wrapped.peft_config:
+            if model.device.type != "meta":
+                load_into(wrapped, folder, name)
+        for name, parameter in wrapped.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and f".{START}." not in f".{name}.")
+        log(f"goes on with the adapter {folder} (rank {config.r}, alpha {config.lora_alpha:g})")
         return wrapped
 
     def save(self, model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write adapter_config.json, adapter_model.safetensors, and how the base is quantised."""
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        model.save_pretrained(
+            str(folder), state_dict=weights, save_embedding_layers=False,
+            selected_adapters=["default"],
+        )  # fmt: skip
         # peft adds a model card made of placeholders.
         (folder / "README.md").unlink(missing_ok=True)
         write_record(model, folder)
@@ -101,11 +167,16 @@ class LoraWeights:
 
     @contextmanager
     def reference(self, model: Any) -> Iterator[None]:
-        """The model without its adapter, and without dropout, inside the block."""
-        training = model.training
+        """The model as it was before training, and without dropout, inside the block.
+
+        That is without its adapter; or with the one that training went on with, as it was.
+        """
+        training, started = model.training, self.settings.start is not None
+        if started and START not in model.peft_config:
+            raise ValueError("the adapter's start was not kept")
         model.eval()
         try:
-            with model.disable_adapter():
+            with acting_alone(model, START) if started else model.disable_adapter():
                 yield
         finally:
             model.train(training)
@@ -119,6 +190,11 @@ class LoraWeights:
             r=wanted.rank,
             lora_alpha=wanted.alpha,
             lora_dropout=0.0,  # put there afterwards, where it can be
+            # peft adds its own for experts
+            rank_pattern=dict(wanted.rank_pattern),
+            alpha_pattern=dict(wanted.alpha_pattern),
+            use_rslora=wanted.rslora,
+            use_dora=wanted.dora,
             target_modules="all-linear" if everywhere else list(wanted.target_modules),
             exclude_modules=list(unreached) if unreached and everywhere else None,
             bias="none",
@@ -129,6 +205,19 @@ class LoraWeights:
                 {name: list(added_ids) for name in embedding_names(model)} if added_ids else None
             ),
         )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what peft says of layers without DoRA into UserError."""
+        try:
+            yield
+        except ValueError as error:
+            if not self.settings.dora:
+                raise
+            raise UserError(
+                "lora.dora: the experts of a mixture, whose weights are one tensor, have no DoRA "
+                f"({error}). Leave them out of lora.target_modules, or set lora.dora to false."
+            ) from None
 
     def _add_dropout(self, wrapped: Any, log: Log) -> None:
         p, shared = self.settings.dropout, DropoutKeys()
@@ -146,45 +235,6 @@ class LoraWeights:
             )
 
 
-def unreached_layers(model: Any) -> list[str]:
-    """Linear layers whose weights a model, or a fused kernel, reads without calling them.
-
-    An adapter there would change nothing. State-space mixers have such layers: a projection of the
-    time step that is multiplied by hand, and an output projection that their fused kernels take in.
-    Routers that are a linear layer and more cannot be adapted, either. Experts are not looked at:
-    a few tokens do not reach them all. The model must still have its own attention.
-    """
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and "expert" not in name
-    }
-    called: set[nn.Module] = {model.get_output_embeddings()}
-
-    def note(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor):  # a router returns more than a product
-            called.add(module)
-
-    handles = [module.register_forward_hook(note) for module in linear.values()]
-    try:
-        with torch.no_grad():
-            ids = torch.arange(4, device=model.device)[None]
-            # Without a mask, transformers reads the values of positions, which a meta device lacks.
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    refused = set(refused_modules(model))
-    return [name for name, module in linear.items() if module not in called or name in refused]
-
-
-def refused_modules(model: Any) -> list[str]:
-    """Those of `unreached_layers` that peft would not adapt; by their names."""
-    if model.config.model_type not in _FUSED:
-        return []
-    return [name for name, _ in model.named_modules() if name.endswith(".out_proj")]
-
-
 def wrap_with_saved(model: Any, folder: Path) -> Any:
     """Put a saved adapter around a model that has rows for its tokens; UserError if unfit."""
     check_copies(folder, dict(model.named_parameters(remove_duplicate=False)).get)
@@ -197,22 +247,8 @@ def wrap_with_saved(model: Any, folder: Path) -> Any:
             adapted = PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
-    # peft ignores tensors without a layer, and only warns of layers without a tensor.
-    if not getattr(model, "_checkpoint_conversion_mapping", None):
-        taken = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        brought = set(update_names(folder))
-        if strange := sorted(taken ^ brought):
-            whose = "the adapter" if strange[0] in brought else "the model"
-            raise UserError(
-                f"{folder} does not fit its base model: only {whose} has {strange[0]} (and "
-                f"{len(strange) - 1} more). Is this the model it was trained on?"
-            )
+    check_fits(adapted, folder)
     return adapted
-
-
-def is_wrapper(module: nn.Module) -> bool:
-    """Whether peft put this module in the place of one of a model's own."""
-    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
 
 
 def switch_adapters(module: nn.Module, *, on: bool) -> None:
@@ -227,27 +263,6 @@ def added_ids_of_folder(folder: Path) -> list[int]:
     trained: Any = read_config(folder).trainable_token_indices or []
     lists = trained.values() if isinstance(trained, dict) else [trained]
     return sorted({index for ids in lists for index in ids})
-
-
-def adapts_experts(model: nn.Module) -> bool:
-    """Whether parameters are adapted by themselves, as a mixture's experts are.
-
-    Their update is added to the weights before an input is known, so that dropout, which acts on an
-    adapter's input, cannot act there.
-    """
-    return any(isinstance(module, ParamWrapper) for module in model.modules())
-
-
-def adapted_weights(model: nn.Module) -> list[str]:
-    """The names that a model's weights had before it was wrapped, of those that adapters change."""
-    names = []
-    for name, module in model.named_modules():
-        own = name.removeprefix("base_model.model.")
-        if isinstance(module, ParamWrapper):
-            names.append(f"{own.replace('.base_layer', '')}.{module.parameter_name}")
-        elif isinstance(module, LoraLayer) or hasattr(module, "token_adapter"):
-            names.append(f"{own}.weight")
-    return names
 
 
 @contextmanager
@@ -266,44 +281,3 @@ def _quiet() -> Iterator[None]:
         ):  # fmt: skip
             warnings.filterwarnings("ignore", message=message)
         yield
-
-
-def check_targets(
-    model: nn.Module,
-    targets: Sequence[str],
-    unreached: Sequence[str] = (),
-    key: str = "lora.target_modules",
-) -> None:
-    """Raise UserError, which calls them `key`, unless each target fits linear layers alone.
-
-    The output head does not count: `output_head` computes its log-probs without calling it.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    modules, kind = dict(model.named_modules()), type(model).__name__
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and name not in unreached
-    }
-    its = f"its linear layers are {', '.join(sorted(linear))}"
-    for target in targets:
-        fit = [name for name in modules if name == target or name.endswith("." + target)]
-        why = "" if fit else f"fits no module of {kind}; {its}"
-        for name in fit:
-            module = modules[name]
-            if module is head:
-                why = f"is the output head of {kind}, which takes no adapter; leave it out; {its}"
-            elif not isinstance(module, nn.Linear | Conv1D):
-                why = (
-                    f"fits {name}, which is {type(module).__name__}, and adapters are for linear "
-                    f"layers; {its}"
-                )
-            elif name in unreached:
-                why = (
-                    f"fits {name}, which {kind} does not use as a plain product, so an adapter "
-                    "there would do nothing; leave it out"
-                )
-            if why:
-                break
-        if why:
-            raise UserError(f"{key}: {target!r} {why}")

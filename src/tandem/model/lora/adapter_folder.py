@@ -156,6 +156,12 @@ def update_names(adapter: Path) -> list[str]:
         return sorted(set(file.names).difference(_whole(file.names)))
 
 
+def read_tensors(adapter: Path) -> dict[str, Tensor]:
+    """The tensors in an adapter's file by their names there, whole weights left out."""
+    with _opened(adapter) as file:
+        return {name: file.tensor(name) for name in set(file.names).difference(_whole(file.names))}
+
+
 def whole_weights(adapter: Path) -> dict[str, Tensor]:
     """The whole weights in an adapter's file by the base's names; peft copies embeddings there."""
     with _opened(adapter) as file:

@@ -1,4 +1,4 @@
-"""What adapted layers compute: dropout by keys, the low-rank part, and rows of embeddings."""
+"""What an adapter computes beside its layers: dropout by keys, and trained rows of embeddings."""
 
 from __future__ import annotations
 
@@ -11,14 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tandem.errors import UserError
-from tandem.model.cpu.onednn_linear import low_rank_product, takes_frozen
-from tandem.model.quantize import load_bitsandbytes
+from tandem.model.lora.adapted import acting
 from tandem.model.unwrap import plain_model
-
-load_bitsandbytes()  # before peft does, which would print its messages
-
-from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
-from peft.tuners.lora import LoraLayer  # noqa: E402
 
 
 @dataclass
@@ -115,34 +109,6 @@ def _rates(owner: object) -> list[str]:
     return [name for name, v in vars(owner).items() if "drop" in name and isinstance(v, float)]
 
 
-def fuse_low_rank(model: nn.Module) -> None:
-    """Let adapted linear layers add the low-rank part inside its product where that is faster."""
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer._cast_input_dtype = partial(_cast_unless_autocast, layer._cast_input_dtype)
-        if isinstance(layer, LoraLinear) and type(layer.base_layer) is nn.Linear:
-            layer.forward = partial(_adapted, layer, layer.forward)
-
-
-def _cast_unless_autocast(cast: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Leave out peft's cast of an adapter's input to float32 where autocast would undo it."""
-    return x if torch.is_autocast_enabled(x.device.type) else cast(x, dtype)
-
-
-def _alone(layer: Any) -> bool:
-    """Whether a layer's one adapter acts now, unmerged."""
-    active = not layer.disable_adapters and not layer.merged
-    return active and list(layer.active_adapters) == ["default"]
-
-
-def _adapted(layer: Any, plain: Any, x: Tensor) -> Tensor:
-    if not _alone(layer) or layer.lora_variant or not takes_frozen(x, layer.base_layer):
-        return plain(x)
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    dropped, scale = layer.lora_dropout["default"](x), layer.scaling["default"]
-    return low_rank_product(x, dropped, layer.base_layer, down, up, scale)
-
-
 def look_up_trained_rows(model: Any) -> None:
     """Let an embedding put its trained rows where they are fed, unless it does more than look up.
 
@@ -156,10 +122,11 @@ def look_up_trained_rows(model: Any) -> None:
 
 
 def _looked_up(layer: Any, plain: Any, ids: Tensor) -> Tensor:
-    if not _alone(layer):
+    name = acting(layer)
+    if name not in layer.trainable_tokens_delta:
         return plain(ids)
     frozen = F.embedding(ids, layer.base_layer.weight)
-    trained = layer.trainable_tokens_delta["default"].to(frozen.dtype)
-    same = ids[..., None] == torch.tensor(layer.token_indices["default"], device=ids.device)
+    trained = layer.trainable_tokens_delta[name].to(frozen.dtype)
+    same = ids[..., None] == torch.tensor(layer.token_indices[name], device=ids.device)
     rows = F.embedding(same.int().argmax(dim=-1), trained)
     return torch.where(same.any(dim=-1)[..., None], rows, frozen)

@@ -56,7 +56,10 @@ def lora_weights(context: TrainContext) -> TrainedWeights:
     """Make the adapter that a job asks for."""
     job, dropout = context.job, context.stage.dropout
     base, revision = lasting_name(context.base.name, context.base.folder)
-    return LoraWeights(job.settings.lora, job.run.seed, base, revision, dropout=dropout)
+    return LoraWeights(
+        job.settings.lora, job.run.seed, base, revision,
+        dropout=dropout, keeps_start=context.stage.reference,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class TrainingStage:
     make_objective: Callable[[ObjectiveInputs], BuiltObjective]  # what a step minimises
     dropout: bool  # whether the adapter's dropout may be on
     warnings: Callable[[list[dict[str, Any]]], list[str]]  # what the finished metrics show
+    reference: bool = False  # whether the model as it was before training is asked for
     weights: Callable[[TrainContext], TrainedWeights] = lora_weights  # what is trained
     # what a token's log-prob is replaced by while the model trains
     of_token: Callable[[Tensor], Tensor] | None = None

@@ -15,7 +15,7 @@ from tandem.model.cpu.c_kernels import unavailable_reason
 from tandem.model.elementwise import Compiling, settle_compile_caches
 from tandem.model.load_model import load_in_layers, load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
-from tandem.model.lora.adapter import adapted_weights
+from tandem.model.lora.targets import adapted_weights
 from tandem.model.model_folder import model_without_weights
 from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
 from tandem.model.weight_files import check_sums

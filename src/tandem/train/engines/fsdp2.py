@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from tandem.errors import TandemError
 from tandem.model.read_model import fill_layer
-from tandem.model.trained_weights import trainable_parameters
+from tandem.model.trained_weights import keep_rate_factors, trainable_parameters
 from tandem.model.unwrap import layers_of
 from tandem.train.engines.engine import Engine, MakeOptimizer
 
@@ -30,7 +30,9 @@ class Fsdp2Engine(Engine):
             fill_layer(self.model, layer)
             _spread(layer, mesh)
         _spread(self.scorer, mesh)
+        whole = self.parameters
         self.parameters = trainable_parameters(self.model)  # spread ones have replaced the others
+        keep_rate_factors(whole, self.parameters)
         self.optimizer = make_optimizer(self.parameters)
 
     def _put(self, values: Sequence[Tensor]) -> None:

@@ -1,0 +1,186 @@
+"""Every kind of adapter is trained by both stages, resumed, loaded by plain peft, and merged."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tandem.errors import UserError
+from tandem.model.base_model import check_base
+from tandem.model.load_model import load_adapter, load_model
+from tandem.model.lora.adapter_folder import read_updates
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.training_settings import LoraSettings, SftSettings
+from tandem.stages.merge import run_merge
+from tandem.storage.atomic_files import read_json, read_jsonl
+from tandem.train import trainer
+from tests.jobs import merge_job
+
+from .made_inputs import QUIET
+from .test_training_stages import run
+
+# What is set beside rank and alpha.
+KINDS: dict[str, dict[str, Any]] = {
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "patterns": {
+        "rank_pattern": {r"layers\.1\.mlp\.down_proj": 6, "down_proj": 2},
+        "alpha_pattern": {"q_proj|down_proj": 3},
+    },
+    "plus": {"plus_ratio": 4.0},
+    "dora-rslora-dropout": {"dora": True, "rslora": True, "dropout": 0.2},
+}
+IDS = torch.tensor([[0, 5, 9, 30, 7, 12, 3, 40]])
+
+
+def lora(kind: str) -> LoraSettings:
+    return LoraSettings(**{"rank": 4, "alpha": 8, **KINDS[kind]})
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+def base_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of each kind, trained by SFT, each with a checkpoint after two of four steps."""
+    folders = {}
+    for kind in KINDS:
+        folders[kind] = tmp_path_factory.mktemp(kind) / "sft"
+        run("sft", tiny_model, folders[kind], lora=lora(kind))
+    return folders
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_peft_and_the_merged_model_compute_the_same(
+    kind: str, tiny_model: Path, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    theirs = logits(PeftModel.from_pretrained(base_model(tiny_model), str(trained[kind])))
+    assert (theirs - logits(base_model(tiny_model))).abs().max() > 1e-2
+    ours = logits(load_adapter(load_model(tiny_model, dtype=torch.float32), trained[kind]))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    run_merge(merge_job(tiny_model, trained[kind], tmp_path / "merged"), QUIET)
+    merged = logits(base_model(tmp_path / "merged"))
+    torch.testing.assert_close(merged, theirs, rtol=0, atol=1e-5)
+    summary = read_json(tmp_path / "merged" / "summary.json")
+    assert summary["checked"] == "layer by layer"
+    assert summary["logp_difference"] < 1e-5 < summary["adapter_effect"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_run_ends_with_the_same_bits(
+    kind: str,
+    tiny_model: Path,
+    trained: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, plain = load_file(trained[kind] / "adapter_model.safetensors"), trainer.Trainer._take
+
+    def take(self: Any, step: Any) -> Any:
+        if step.number == 3:
+            raise ZeroDivisionError
+        return plain(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_take", take)
+        with pytest.raises(ZeroDivisionError):
+            run("sft", tiny_model, tmp_path / "stopped", lora=lora(kind))
+    resumed = run("sft", tiny_model, tmp_path / "stopped", lora=lora(kind))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "dropout" not in kind])
+def test_the_reference_of_dpo_is_the_model_as_it_was(
+    kind: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    run("dpo", tiny_model, tmp_path / "dpo", lora=lora(kind), logging_steps=1)
+    first, *_, last = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert last["loss"] < first["loss"]
+
+
+def test_dora_trains_on_a_base_in_4_bits(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sft"
+    run("sft", tiny_model, folder, lora=lora("dora"), runtime={"quantization": "nf4"})
+    run_merge(merge_job(tiny_model, folder, tmp_path / "merged"), QUIET)
+    assert read_json(tmp_path / "merged" / "summary.json")["logp_difference"] < 1e-4
+
+
+def test_dora_of_experts_is_refused(tmp_path: Path) -> None:
+    from transformers import MixtralConfig
+
+    from .made_inputs import make_model_folder
+
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    base = make_model_folder(tmp_path / "base", config=config)
+    with pytest.raises(UserError, match=r"lora\.dora: the experts of a mixture"):
+        run("sft", base, tmp_path / "sft", lora=lora("dora"))
+    assert not (tmp_path / "sft").exists()
+    targets = ("q_proj", "v_proj")
+    run("sft", base, tmp_path / "sft", lora=LoraSettings(dora=True, target_modules=targets))
+
+
+def test_a_pattern_sets_rank_and_alpha(trained: dict[str, Path]) -> None:
+    """The first that fits decides, and the rest keep theirs; as peft reads the folder."""
+    saved = load_file(trained["patterns"] / "adapter_model.safetensors")
+    ranks = {name: len(a) for name, a in saved.items() if "lora_A" in name}
+    for name, rank in ranks.items():
+        down = "down_proj" in name
+        assert rank == (6 if "layers.1" in name and down else 2 if down else 4), name
+    updates = read_updates(trained["patterns"])
+    scalings = {name: update.scaling for name, update in updates.items()}  # type: ignore[union-attr]
+    assert scalings["model.layers.1.mlp.down_proj.weight"] == 3 / 6
+    assert scalings["model.layers.0.mlp.down_proj.weight"] == 3 / 2
+    assert scalings["model.layers.0.self_attn.q_proj.weight"] == 3 / 4
+    assert scalings["model.layers.0.self_attn.k_proj.weight"] == 8 / 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rank_pattern": {"dwn_proj": 2}}, "lora.rank_pattern: 'dwn_proj' fits no adapted layer"),
+        ({"alpha_pattern": {"proj": 2}}, "lora.alpha_pattern: 'proj' fits no adapted layer"),
+        (
+            {"rank_pattern": {"v_proj": 2}, "target_modules": ("q_proj",)},
+            "the adapted layers are q_proj, and a pattern is the end of a name",
+        ),
+        (
+            {"rank_pattern": {"q_proj": 2, r"layers\.0\.self_attn\.q_proj": 3}},
+            "decides nothing, because 'q_proj' stands before it",
+        ),
+    ],
+)
+def test_a_pattern_that_does_nothing_is_refused(
+    settings: dict[str, Any], said: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        run("sft", tiny_model, tmp_path / "sft", lora=LoraSettings(**settings))
+    assert said in str(error.value)
+    assert not (tmp_path / "sft").exists()
+    section = SftSettings(
+        data=(DataSource(path="x"),), max_length=128, lora=LoraSettings(**settings)
+    )
+    with pytest.raises(UserError) as error:
+        check_base(tiny_model, {"sft": section}, weights=True)
+    assert str(error.value).startswith("sft.lora.")
+    assert said in str(error.value)
