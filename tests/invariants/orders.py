@@ -239,7 +239,11 @@ def started(home: Path) -> Done:
 
 def adapter(home: Path, folder: str) -> dict[str, Tensor]:
     """The trained adapter of an order."""
-    return load_file(home / folder / "adapter_model.safetensors")
+    path = home / folder
+    if not (path / "adapter_model.safetensors").exists():  # all weights were trained
+        path = path / "checkpoints" / f"step-{STEPS:06d}"
+        return load_file(path / "trained.safetensors")
+    return load_file(path / "adapter_model.safetensors")
 
 
 def first_gradients(home: Path, folder: str, rank: int = 0) -> dict[str, Tensor]:
@@ -299,11 +303,18 @@ def _settings(order: Order, data: Path) -> SftSettings | DpoSettings:
         "max_length": 200,
         "logging_steps": 1,
         "save_steps": STEPS,
-        "lora": _lora(order, data.parent),
+        **_trained(order, data.parent),
         "gradient_checkpointing": order.checkpointing,
         **json.loads(order.more or "{}"),
     }
     return SftSettings(**values) if order.kind == "sft" else DpoSettings(**values)
+
+
+def _trained(order: Order, home: Path) -> dict[str, Any]:
+    """An adapter; or all weights, of whose gradients some are as small as their rounding."""
+    if order.adapter == "full":
+        return {"full": True, "adam_epsilon": 1e-4}
+    return {"lora": _lora(order, home)}
 
 
 def _lora(order: Order, home: Path) -> LoraSettings:

@@ -43,8 +43,19 @@ class TrainedWeights(Protocol):
         """
         ...
 
+    def finish(self, folder: Path) -> None:
+        """Turn what `save` wrote into what a finished stage leaves, without its tokenizer."""
+        ...
+
     def load(self, model: Any, folder: Path) -> None:
-        """Put the trained weights back to what `save` wrote, bit for bit."""
+        """Put the trained weights back to what `save` wrote, bit for bit; but for `late` ones."""
+        ...
+
+    def late(self, folder: Path) -> dict[str, Tensor]:
+        """The weights that `save` wrote and the engine puts back, once the reference is known.
+
+        By the names of `trainable_parameters`.
+        """
         ...
 
     def reference(self, model: Any) -> AbstractContextManager[None] | None:
@@ -83,6 +94,17 @@ def rate_factor(parameter: Tensor) -> float:
 
 
 def keep_rate_factors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    """Give parameters the factors of those that they replaced, by name."""
+    """Give parameters the factors of those that they replaced, by name, and whether they decay."""
     for name, parameter in after.items():
         set_rate_factor(parameter, rate_factor(before[name]))
+        set_decay(parameter, decays(before[name]))
+
+
+def set_decay(parameter: Any, decays: bool) -> None:
+    """Say whether an optimizer's weight decay acts on a parameter."""
+    parameter.decays = decays
+
+
+def decays(parameter: Tensor) -> bool:
+    """What `set_decay` said; true otherwise."""
+    return bool(getattr(parameter, "decays", True))

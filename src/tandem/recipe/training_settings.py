@@ -132,6 +132,10 @@ class TrainingSettings(Section):
     max_grad_norm: PositiveFloat | None = Field(
         default=1.0, description="Gradients are clipped to this norm; null: they are not."
     )
+    full: bool = Field(
+        default=False,
+        description="Train all weights instead of an adapter; the stage leaves a whole model.",
+    )
     lora: LoraSettings = Field(default=LoraSettings(), description="The adapter that is trained.")
     max_length: Positive = Field(
         default=2048,
@@ -248,8 +252,11 @@ class TrainingSettings(Section):
 
     def idle_options(self) -> dict[str, str]:
         """The settings that have no effect beside others, each with those and a way out."""
-        idle = without_effect(self.optimizer, self.lr_scheduler)
-        return {key: f"{in_words(method)}; remove it" for key, method in idle.items()}
+        methods = without_effect(self.optimizer, self.lr_scheduler)
+        idle = {key: f"{in_words(method)}; remove it" for key, method in methods.items()}
+        if self.full:
+            idle["lora"] = "full: true, which trains all weights and no adapter; remove one of them"
+        return idle
 
     @model_serializer(mode="wrap")
     def _what_has_effect(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -7,7 +7,7 @@ the tutorial's recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import reduce
 from operator import getitem
@@ -171,7 +171,10 @@ def job_from_flags(
     _settle_duration(parts, values)
     _settle_warmup(parts, values)
     _settle_methods(parts, values)
-    _settle_lora(stage, parts["lora"], values)
+    if parts.get("full"):
+        _without_lora(parts, present)
+    else:
+        _settle_lora(stage, parts["lora"], values)
     length_notice = _settle_lengths(parts, usual["max_prompt_length"], values)
     parts["max_grad_norm"] = parts.get("max_grad_norm", 1.0) or None
     run |= {"device": _device(values, cards), "dtype": _dtype(values)}
@@ -247,6 +250,16 @@ def _settle_methods(settings: dict[str, Any], values: Values) -> None:
     own = (settings.get("optimizer", "adamw"), settings.get("lr_scheduler", "cosine"))
     for key in without_effect(*own).keys() - values.keys():
         settings.pop(key, None)
+
+
+def _without_lora(settings: dict[str, Any], present: Sequence[Flag]) -> None:
+    """Leave out the tutorial's adapter under --full; UserError for flags of one."""
+    named = [flag.name for flag in present if flag.name.startswith("lora_")]
+    if named:
+        raise UserError(
+            f"--{named[0]} is of an adapter, and --full true trains all weights; keep one of them"
+        )
+    settings.pop("lora", None)
 
 
 def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values) -> None:

@@ -14,7 +14,7 @@ from transformers.optimization import Adafactor
 
 from tandem.errors import UserError, require
 from tandem.model.quantize import load_bitsandbytes
-from tandem.model.trained_weights import rate_factor
+from tandem.model.trained_weights import decays, rate_factor
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
 from tandem.train.updates.lion import Lion
@@ -174,16 +174,20 @@ def make_optimizer(
 
 
 def in_groups(given: Sequence[Any]) -> list[Any]:
-    """Parameters, or groups of them, so that each group has one factor on the learning rate."""
+    """Parameters, or groups of them, so that a group has one factor on the rate, and decays or not.
+
+    A factor is the group's `rate_factor`; see `trained_weights.set_rate_factor` and `set_decay`.
+    """
     plain = [{"params": given}] if given and not isinstance(given[0], dict) else given
-    groups = []
+    groups: list[dict[str, Any]] = []
     for group in plain:
-        by_factor: dict[float, list[Tensor]] = {}
+        alike: dict[tuple[float, bool], list[Tensor]] = {}
         for parameter in group["params"]:
-            by_factor.setdefault(rate_factor(parameter), []).append(parameter)
-        for factor, some in by_factor.items():
-            groups.append({**group, "params": some, "rate_factor": factor})
-    usual = all(group["rate_factor"] == 1.0 for group in groups)
+            alike.setdefault((rate_factor(parameter), decays(parameter)), []).append(parameter)
+        for (factor, decaying), some in alike.items():
+            without = {} if decaying else {"weight_decay": 0.0}
+            groups.append({**group, "params": some, "rate_factor": factor, **without})
+    usual = all(g["rate_factor"] == 1.0 for g in groups) and len(groups) == len(plain)
     return list(given) if usual else groups
 
 
@@ -214,17 +218,19 @@ def set_rate(optimizer: Any, learning_rate: float) -> None:
 
 
 def state_of(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], *, keep: bool = True
 ) -> dict[str, Tensor]:
     """An optimizer's state as `parameter|key`, whole, on the CPU; collective if it is spread.
 
-    Numbers become tensors of 64 bits.
+    Numbers become tensors of 64 bits. Without `keep` a process only takes part.
     """
-    return {
-        f"{name}|{key}": whole(_as_tensor(value)).cpu().contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    kept = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensor = whole(_as_tensor(value))
+            if keep:
+                kept[f"{name}|{key}"] = tensor.cpu().contiguous()
+    return kept
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -245,8 +251,8 @@ def load_state(
     for name, key, tensor in by_parameter(tensors, parameters):
         like = parameters[name]
         value: Any = tensor
-        if isinstance(like, DTensor) and tensor.shape == like.shape:
-            value = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+        if tensor.shape == like.shape and isinstance(like, DTensor):
+            value = spread_as(like, tensor)
         elif tensor.dim() == 0 and (key != "step" or not tensor.is_floating_point()):
             # A number: torch would round it to the parameter's format. Its own optimizers count
             # steps in a tensor, which it treats apart.
@@ -271,6 +277,14 @@ def by_parameter(
         split.append((parameter, key, tensor))
     order = {name: number for number, name in enumerate(parameters)}
     return sorted(split, key=lambda item: (order[item[0]], item[1]))
+
+
+def spread_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor on another one's device, spread over the processes if that one is."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tandem.data.batching.collate import MicroBatch
 from tandem.errors import TandemError
 from tandem.model.read_model import fill_layer
+from tandem.model.trained_weights import keep_rate_factors, trainable_parameters
 from tandem.model.unwrap import layers_of
 from tandem.train.engines.engine import Engine, MakeOptimizer
 from tandem.train.engines.replicated import FlatGradients
@@ -52,6 +54,17 @@ class _ZeroEngine(Engine):
                     tensor = torch.as_tensor(value).clone()
                 tensors[f"{name}|{key}"] = tensor.detach().cpu().contiguous()
         return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Engine.restore`: DeepSpeed keeps what it moves apart from what computes."""
+        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.zero import GatheredParameters
+
+        for name, parameter in self.parameters.items():
+            gathered = GatheredParameters(parameter, modifier_rank=0)
+            with gathered if self.sharded else nullcontext(), torch.no_grad():
+                parameter.copy_(tensors[name])
+            safe_set_full_fp32_param(parameter, tensors[name])
 
     def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore DeepSpeed's optimizer from the state that any engine saved."""
@@ -134,7 +147,12 @@ class Zero3Engine(_ZeroEngine):
         """See `Engine._live`."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
+        kept = {}
+        for name, parameter in self.parameters.items():
+            value = safe_get_full_fp32_param(parameter)
+            if self.processes.is_rank0:
+                kept[name] = value.cpu()
+        return kept
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Engine.load_optimizer`."""
@@ -157,11 +175,13 @@ class Zero3Engine(_ZeroEngine):
             zero = {**limits, **self.config["zero_optimization"]}
             self.config = {**self.config, "zero_optimization": zero}
         deepspeed = _import_deepspeed(self.device.kind)
+        empty = self.parameters
         for layer in layers:
             fill_layer(self.model, layer)
-            deepspeed.zero.Init(
-                layer, dtype=self.device.weights, config_dict_or_path=dict(self.config)
-            )
+            dtype = next(layer.parameters()).dtype
+            deepspeed.zero.Init(layer, dtype=dtype, config_dict_or_path=dict(self.config))
+        self.parameters = trainable_parameters(self.model)  # filled ones have replaced the others
+        keep_rate_factors(empty, self.parameters)
         self._start(self.scorer, make_optimizer)
 
     def _score(self, batch: MicroBatch) -> Tensor:

@@ -33,6 +33,7 @@ def save_adapter_folder(
             context.weights.save(model, aside, trained)
         else:
             copy_adapter(checkpoint, aside)
+        context.weights.finish(aside)
         tokenizer.chat_template = template.saved
         with spelled(aside) as named:
             tokenizer.save_pretrained(str(named))

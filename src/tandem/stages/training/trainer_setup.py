@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tandem.data.batching.sampler import tenth
 from tandem.data.encoded.example import Example
-from tandem.model.trained_weights import hidden_matrices, trainable_parameters
+from tandem.model.trained_weights import hidden_matrices
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
 from tandem.stages.training.context import BuiltObjective, TrainContext
@@ -33,12 +33,9 @@ def saved_every(settings: TrainingSettings, total: int) -> int:
     return settings.save_steps or tenth(total)
 
 
-def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor]) -> None:
-    """Hand model and optimizer to the engine; `state` has the optimizer's tensors on a resume."""
+def prepare_engine(context: TrainContext, model: Any) -> None:
+    """Hand model and optimizer to the engine."""
     engine, settings = context.engine, context.job.settings
-    own, live = without_live(state)
-    if live:
-        _put_back(model, live)
     optimizer = partial(
         make_optimizer,
         settings=settings,
@@ -46,15 +43,20 @@ def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor
         matrices=hidden_matrices(model),
     )
     engine.prepare(model, optimizer, settings.max_grad_norm, context.stage.of_token)
+
+
+def restore(context: TrainContext, checkpoint: Path | None, state: Mapping[str, Tensor]) -> None:
+    """Go on from a checkpoint, if there is one; `state` has the optimizer's tensors.
+
+    The weights that move are among these where a checkpoint has their average.
+    """
+    if checkpoint is None:
+        return
+    engine, (own, live) = context.engine, without_live(state)
+    if weights := live or context.weights.late(checkpoint):
+        engine.restore(weights)
     if own:
         engine.load_optimizer(own)
-
-
-def _put_back(model: Any, live: Mapping[str, Tensor]) -> None:
-    """Let a model, not spread yet, go on with the weights that move; it has their average."""
-    with torch.no_grad():
-        for name, parameter in trainable_parameters(model).items():
-            parameter.copy_(live[name])
 
 
 def build_trainer(

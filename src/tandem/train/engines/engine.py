@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -20,7 +20,7 @@ from tandem.runtime.device import BatchShapes, Device
 from tandem.runtime.host_memory import give_back_freed_memory
 from tandem.runtime.process_group import ProcessGroup
 from tandem.train.averages import Average, average_of
-from tandem.train.optimizers import Pieces, clip_and_step, load_state, state_of, whole
+from tandem.train.optimizers import Pieces, clip_and_step, load_state, spread_as, state_of, whole
 
 MakeOptimizer = Callable[[Mapping[str, Tensor]], torch.optim.Optimizer]
 # The key of weights that move, beside the optimizer's own, where an average of them is kept.
@@ -124,14 +124,21 @@ class Engine(ABC):
         return norm if norm >= 0 else float("nan")
 
     def trained(self) -> dict[str, Tensor]:
-        """What becomes of the run, whole, by name; all processes call it.
+        """What becomes of the run, whole, by name, in rank 0; all processes call it.
 
-        It is what the optimizer moves, or its average where one is kept.
+        It is what the optimizer moves, or its average where one is kept. Where weights are spread,
+        the other processes get nothing, and rank 0 has them in the host's memory.
         """
         average = self.average
         if average is None:
             return self._live()
-        return {name: whole(average.of(name, p)) for name, p in self.parameters.items()}
+        return self._whole(average.of(name, p) for name, p in self.parameters.items())
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back trained weights, given whole and by name, as `trained` returned them."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(spread_as(parameter, tensors[name]))
 
     @contextmanager
     def result_in_place(self) -> Iterator[None]:
@@ -176,11 +183,23 @@ class Engine(ABC):
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's own tensors, whole, as `parameter|key`."""
-        return state_of(self.optimizer, self.parameters)
+        keep = self.processes.is_rank0 or not self.sharded
+        return state_of(self.optimizer, self.parameters, keep=keep)
 
     def _live(self) -> dict[str, Tensor]:
-        """What the optimizer moves, whole, by name."""
-        return {name: whole(p) for name, p in self.parameters.items()}
+        """What the optimizer moves, whole, by name; see `trained`."""
+        return self._whole(self.parameters.values())
+
+    def _whole(self, values: Iterable[Tensor]) -> dict[str, Tensor]:
+        """A value of each parameter, whole, one after the other; see `trained`."""
+        kept = {}
+        for name, value in zip(self.parameters, values, strict=True):
+            tensor = whole(value)
+            if not self.sharded:
+                kept[name] = tensor
+            elif self.processes.is_rank0:
+                kept[name] = tensor.cpu()
+        return kept
 
     def _put(self, values: Sequence[Tensor]) -> None:
         """Let the model compute with other values, one for each parameter, spread as they are."""
