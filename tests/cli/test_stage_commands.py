@@ -70,6 +70,7 @@ SAMPLES = {
     "roles": "caller=user",
     "completions": "best_vs_rest",
     "optimizer": "lion",
+    "save_dtype": "float32",
     "lora_rank_pattern": "q_proj=3",
     "lora_alpha_pattern": "q_proj=3.0",
     "min_lr_ratio": "0.25",
@@ -83,6 +84,7 @@ SAMPLES = {
 }
 # Flags that need another one.
 WITH = {
+    "save_dtype": ["--full", "true"],
     "decay_ratio": ["--lr_scheduler_type", "wsd"],
     "lr_power": ["--lr_scheduler_type", "polynomial"],
     "lion_beta1": ["--optimizer", "lion"],

@@ -241,8 +241,8 @@ class _Planner:
             check_start(self.recipe, settings, base, weights=False)
             notes = [*base.warnings(), *notes]
         model = described(
-            config, settings.lora, attention=recipe.attention, added=added,
-            trains_added=trains_added,
+            config, None if settings.full else settings.lora,
+            attention=recipe.attention, added=added, trains_added=trains_added,
         )  # fmt: skip
         # The run measures this with its model loaded; on CPU the processes share what is free.
         free = device.free_memory() // (self.processes if device.is_host else 1)

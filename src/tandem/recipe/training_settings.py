@@ -136,6 +136,10 @@ class TrainingSettings(Section):
         default=False,
         description="Train all weights instead of an adapter; the stage leaves a whole model.",
     )
+    save_dtype: choices.DtypeName = Field(
+        default="auto",
+        description="Number format of the model that `full` leaves; auto: the base weights' own.",
+    )
     lora: LoraSettings = Field(default=LoraSettings(), description="The adapter that is trained.")
     max_length: Positive = Field(
         default=2048,
@@ -255,7 +259,9 @@ class TrainingSettings(Section):
         methods = without_effect(self.optimizer, self.lr_scheduler)
         idle = {key: f"{in_words(method)}; remove it" for key, method in methods.items()}
         if self.full:
-            idle["lora"] = "full: true, which trains all weights and no adapter; remove one of them"
+            idle["lora"] = "full: true, which trains all weights and no adapter; set one to null"
+        else:
+            idle["save_dtype"] = "an adapter, which merge.dtype is for; remove it"
         return idle
 
     @model_serializer(mode="wrap")

@@ -21,7 +21,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 # The settings of a training stage that a card lists, in this order.
 _SETTINGS = (
     "batch_size", "epochs", "max_steps", "learning_rate", "lr_scheduler", "warmup_steps",
-    "warmup_ratio", "weight_decay", "beta", "max_length", "max_prompt_length",
+    "warmup_ratio", "weight_decay", "full", "loss", "beta", "max_length", "max_prompt_length",
     "too_long", "loss_on", "lora",
 )  # fmt: skip
 

@@ -58,11 +58,12 @@ class _ZeroEngine(Engine):
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Engine.restore`: DeepSpeed keeps what it moves apart from what computes."""
         from deepspeed.utils import safe_set_full_fp32_param
-        from deepspeed.zero import GatheredParameters
+
+        gather = _import_deepspeed(self.device.kind).zero.GatheredParameters
 
         for name, parameter in self.parameters.items():
-            gathered = GatheredParameters(parameter, modifier_rank=0)
-            with gathered if self.sharded else nullcontext(), torch.no_grad():
+            spread = self.sharded
+            with gather([parameter], 0) if spread else nullcontext(), torch.no_grad():
                 parameter.copy_(tensors[name])
             safe_set_full_fp32_param(parameter, tensors[name])
 

@@ -57,7 +57,7 @@ def weights_of(context: TrainContext) -> TrainedWeights:
     """What a job trains: an adapter, or all weights."""
     job, dropout = context.job, context.stage.dropout
     if job.settings.full:
-        return FullWeights(context.base.folder)
+        return FullWeights(context.base.folder, job.settings.save_dtype)
     base, revision = lasting_name(context.base.name, context.base.folder)
     return LoraWeights(
         job.settings.lora, job.run.seed, base, revision,
