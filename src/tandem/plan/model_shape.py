@@ -103,6 +103,8 @@ def shape_of(model: Any) -> ModelShape:
             continue
         if ".lora_" in name and not module.weight.requires_grad:
             continue  # an adapter that is kept as it was
+        if ".modules_to_save." in name:
+            continue  # computes in place of the one that it was copied from
         size = _size(module)
         reached = size * (share if "experts" in name else 1.0)
         if ".lora_" in name:
@@ -119,7 +121,7 @@ def shape_of(model: Any) -> ModelShape:
             trained += size
             decomposed += size if "lora_magnitude_vector" in name else 0
             continue
-        if ".lora_" in name:
+        if ".lora_" in name or ".modules_to_save." in name:
             continue
         parameters += size
         layer = _LAYER.match(name)

@@ -18,6 +18,7 @@ from tandem.recipe.section import PathText, Positive, Section
 # Keys that an adapter has already with which training goes on.
 FIXED = frozenset({
     "rank", "alpha", "target_modules", "rank_pattern", "alpha_pattern", "rslora", "dora",
+    "modules_to_save",
 })  # fmt: skip
 
 
@@ -63,6 +64,11 @@ class LoraSettings(Section):
     )
     plus_ratio: PositiveFloat = Field(
         default=1.0, description="B's learning rate is so many times A's (LoRA+)."
+    )
+    modules_to_save: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="Ends of the names of modules that are trained as a whole, such as `norm` or "
+        "`embed_tokens`.",
     )
     # `from` is a word of Python's own, so that no field can be written under this name.
     __annotations__["from"] = PathText | None

@@ -21,6 +21,14 @@ from tandem.model.lora.adapted import start_lengths
 from tandem.model.lora.adapter_config import read_config
 from tandem.model.lora.adapter_folder import check_copies, read_updates
 from tandem.model.lora.forward import DropoutKeys, KeyedDropout
+from tandem.model.lora.saved_modules import (
+    check_saved,
+    fitting,
+    room_for_copies,
+    saved_linear,
+    settle_copies,
+    trains_head,
+)
 from tandem.model.lora.started import (
     START,
     acting_alone,
@@ -103,9 +111,17 @@ class LoraWeights:
             )
         if not everywhere:
             check_targets(model, wanted.target_modules, unreached)
+        whole = wanted.modules_to_save
+        check_saved(model, whole, () if everywhere else wanted.target_modules, unreached)
+        if added_ids and model.get_input_embeddings() in fitting(model, whole).values():
+            raise UserError(
+                "lora.modules_to_save: the embedding is trained as a whole, and added_tokens "
+                "trains rows of it; name it in one of the two"
+            )
         torch.manual_seed(self.seed)
-        with _quiet(), as_float32(model), self._explained():
+        with _quiet(), as_float32(model), room_for_copies(model, whole), self._explained():
             wrapped = get_peft_model(model, self._config(model, unreached, added_ids))
+        settle_copies(wrapped)
         config = wrapped.peft_config["default"]
         for key in ("rank_pattern", "alpha_pattern"):
             check_patterns(wrapped, key, getattr(wanted, key))
@@ -120,7 +136,7 @@ class LoraWeights:
         config = started_config(self.settings)
         copied = copy.deepcopy(config)
         check_copies(folder, dict(model.named_parameters(remove_duplicate=False)).get)
-        with _quiet(), as_float32(model):
+        with _quiet(), as_float32(model), room_for_copies(model, config.modules_to_save or ()):
             wrapped = get_peft_model(model, config)
             if self.keeps_start:
                 if adapts_experts(wrapped):
@@ -130,9 +146,10 @@ class LoraWeights:
                         "train a new adapter on the merged model."
                     )
                 wrapped.add_adapter(START, copied)
-        if isinstance(model.get_output_embeddings(), LoraLayer):
+        settle_copies(wrapped)
+        if isinstance(model.get_output_embeddings(), LoraLayer) or trains_head(wrapped):
             raise UserError(
-                f"lora.from: {folder} adapts the output head, which cannot be trained. Merge it, "
+                f"lora.from: {folder} changes the output head, which cannot be trained. Merge it, "
                 "and train a new adapter on the merged model."
             )
         for name in wrapped.peft_config:
@@ -186,6 +203,7 @@ class LoraWeights:
     ) -> LoraConfig:
         wanted = self.settings
         everywhere = wanted.target_modules == "all-linear"
+        left_out = [*unreached, *saved_linear(model, wanted.modules_to_save)]
         return LoraConfig(
             r=wanted.rank,
             lora_alpha=wanted.alpha,
@@ -196,7 +214,8 @@ class LoraWeights:
             use_rslora=wanted.rslora,
             use_dora=wanted.dora,
             target_modules="all-linear" if everywhere else list(wanted.target_modules),
-            exclude_modules=list(unreached) if unreached and everywhere else None,
+            exclude_modules=left_out if left_out and everywhere else None,
+            modules_to_save=list(wanted.modules_to_save) or None,
             bias="none",
             task_type="CAUSAL_LM",
             # GPT-2's layers store their weights [in, out].
@@ -242,9 +261,12 @@ def wrap_with_saved(model: Any, folder: Path) -> Any:
         update.plain for update in read_updates(folder, model).values()
     ):
         widen(*(m for m in model.modules() if type(m) is nn.Linear))  # peft computes with them
+    whole = read_config(folder).modules_to_save or ()
     try:
-        with _quiet(), as_float32(model):
+        with _quiet(), as_float32(model), room_for_copies(model, whole):
             adapted = PeftModel.from_pretrained(model, str(folder))
+    except KeyError as error:  # peft's, of a module that was trained as a whole
+        raise UserError(f"{folder} does not fit its base model: it lacks {error}") from None
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
     check_fits(adapted, folder)
