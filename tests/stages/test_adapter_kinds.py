@@ -324,3 +324,29 @@ def test_a_plan_counts_whole_modules_once(tiny_model: Path) -> None:
     whole, taken = 2 * 32 * 48 + 5 * 32, 2 * 4 * (32 + 48)  # its adapters are gone
     assert shape.trained == plain.trained + whole - taken
     assert (shape.parameters, shape.linear) == (plain.parameters, plain.linear)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_rows_of_tokens_that_the_model_has_go_with_every_kind(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """A control token and a plain one; peft loads the adapter without resizing anything."""
+    from transformers import AutoTokenizer
+
+    runtime = {"chat_template": "neural-chat", "added_tokens": ("</s>", "red")}
+    lora = LoraSettings(rank=4, dora=True, plus_ratio=2.0, modules_to_save=("norm",))
+    folder = tmp_path / "sft"
+    saved = run("sft", tiny_model, folder, lora=lora, runtime=runtime)
+    ids = sorted(AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids(["</s>", "red"]))
+    config = read_json(folder / "adapter_config.json")["trainable_token_indices"]
+    assert config == {"model.embed_tokens": ids, "lm_head": ids}
+    before = load_file(tiny_model / "model.safetensors")
+    rows = saved["base_model.model.lm_head.token_adapter.trainable_tokens_delta"]
+    assert (rows - before["lm_head.weight"][ids]).abs().max() > 1e-3
+    theirs = logits(PeftModel.from_pretrained(base_model(tiny_model), str(folder)))
+    run_merge(merge_job(tiny_model, folder, tmp_path / "merged"), QUIET)
+    merged = logits(base_model(tmp_path / "merged"))
+    torch.testing.assert_close(merged, theirs, rtol=0, atol=1e-5)
+    assert len(load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"]) == len(
+        before["lm_head.weight"]
+    )
