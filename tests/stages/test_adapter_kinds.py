@@ -48,6 +48,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "plus": {"plus_ratio": 4.0},
     "whole-modules": {"modules_to_save": ("norm", "embed_tokens")},
     "dora-whole-linear": {"dora": True, "modules_to_save": ("gate_proj", "model.norm")},
+    "pissa": {"init": "pissa"},
+    "pissa-fast": {
+        "init": "pissa_fast",
+        "rslora": True,
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"q_proj": 3},
+    },
+    "pissa-dora-plus-dropout": {"init": "pissa", "dora": True, "plus_ratio": 2.0, "dropout": 0.2},
     "dora-rslora-dropout": {"dora": True, "rslora": True, "dropout": 0.2},
 }
 IDS = torch.tensor([[0, 5, 9, 30, 7, 12, 3, 40]])

@@ -283,7 +283,9 @@ def test_it_is_said_which_adapter_goes_on(
 def test_what_is_printed_can_be_read_again() -> None:
     settings = DpoSettings(lora=started(Path("runs/x"), alpha=3.0))
     dumped = settings.model_dump(mode="json")
-    assert dumped["lora"] == {"alpha": 3.0, "dropout": 0.0, "plus_ratio": 1.0, "from": "runs/x"}
+    assert dumped["lora"] == {
+        "alpha": 3.0, "dropout": 0.0, "plus_ratio": 1.0, "init": "zero", "from": "runs/x",
+    }  # fmt: skip
     assert DpoSettings.model_validate(dumped) == settings
 
 

@@ -16,6 +16,7 @@ from tandem.errors import UserError
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.packing_probe import declared_obstacle
 from tandem.model.lora.adapter import LoraWeights
+from tandem.model.lora.principal import beginnings
 from tandem.model.lora.targets import refused_modules, unreached_layers
 from tandem.model.model_folder import model_without_weights
 from tandem.model.unwrap import plain_head
@@ -40,6 +41,7 @@ class ModelShape:
     in_linear: int  # parameters in linear layers other than the head, which quantization packs
     plain: int  # those of them in torch's own linear layers, whose weights a CPU may order
     decomposed: int  # outputs of layers with DoRA, of which a token keeps each once more
+    kept: int  # numbers that the adapter began as and is saved with; not trained
     largest_layer: int  # parameters of the largest layer, which sharded engines gather at once
     # of the decoder
     hidden: int
@@ -98,6 +100,9 @@ def shape_of(model: Any) -> ModelShape:
     share = _reached(text)
     linear = adapter = 0.0
     in_linear = plain = 0
+    # A layer that began as a part of its weight multiplies with its beginning as well.
+    kept = sum(began.a.numel() + began.b.numel() for began in beginnings(base))
+    again = 2 if kept else 1
     for name, module in base.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or module is head:
             continue
@@ -108,7 +113,7 @@ def shape_of(model: Any) -> ModelShape:
         size = _size(module)
         reached = size * (share if "experts" in name else 1.0)
         if ".lora_" in name:
-            adapter += reached
+            adapter += reached * again
         else:
             linear += reached
             in_linear += size
@@ -138,6 +143,7 @@ def shape_of(model: Any) -> ModelShape:
         in_linear=in_linear,
         plain=plain,
         decomposed=decomposed,
+        kept=kept,
         largest_layer=max(layers.values()),
         hidden=int(text.hidden_size),
         layers=int(text.num_hidden_layers),

@@ -103,7 +103,7 @@ def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) ->
     share = processes if SHARDS[engine] else 1
     return Memory(
         weights=int(weights),
-        adapter=trained // (processes if sharded else 1),
+        adapter=trained // (processes if sharded else 1) + shape.kept * _TRAINED_BYTES,
         gradients=trained // share,
         optimizer=2 * trained // share,
         activations=int(use.tokens * per_token),
@@ -119,10 +119,11 @@ def disk_of(
 
     A checkpoint is written every `save_steps` and at the end; `keep` of them stay, None for all.
     """
-    adapter = shape.trained * _TRAINED_BYTES
+    trained = shape.trained * _TRAINED_BYTES
+    adapter = trained + shape.kept * _TRAINED_BYTES
     kept = -(-steps // save_steps)
     kept = kept if keep is None else min(kept, keep)
-    return Disk(adapter, kept * 3 * adapter, kept, shape.parameters * merged_bytes)
+    return Disk(adapter, kept * (adapter + 2 * trained), kept, shape.parameters * merged_bytes)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ EngineName = Literal["auto", "single", "ddp", "deepspeed-zero2", "deepspeed-zero
 Quantization = Literal["nf4"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
+LoraInit = Literal["zero", "pissa", "pissa_fast"]
+
 Role = Literal["system", "user", "assistant", "tool"]
 Completions = Literal["best_vs_worst", "best_vs_rest"]
 TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]

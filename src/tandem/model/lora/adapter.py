@@ -21,6 +21,12 @@ from tandem.model.lora.adapted import start_lengths
 from tandem.model.lora.adapter_config import read_config
 from tandem.model.lora.adapter_folder import check_copies, read_updates
 from tandem.model.lora.forward import DropoutKeys, KeyedDropout
+from tandem.model.lora.principal import (
+    begin_principal,
+    doubled,
+    take_beginnings,
+    with_beginnings,
+)
 from tandem.model.lora.saved_modules import (
     check_saved,
     fitting,
@@ -127,6 +133,13 @@ class LoraWeights:
             check_patterns(wrapped, key, getattr(wanted, key))
             setattr(config, key, without_order(wrapped, getattr(config, key)))
         start_lengths(wrapped)
+        if wanted.init != "zero":
+            if adapts_experts(wrapped):
+                raise UserError(
+                    f"lora.init: {wanted.init} is not for the experts of a mixture, whose weights "
+                    "are one tensor; leave them out of lora.target_modules, or remove lora.init"
+                )
+            begin_principal(wrapped, wanted.init)
         return wrapped
 
     def _started(self, model: Any, log: Log) -> Any:
@@ -163,10 +176,16 @@ class LoraWeights:
     def save(self, model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write adapter_config.json, adapter_model.safetensors, and how the base is quantised."""
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        model.save_pretrained(
-            str(folder), state_dict=weights, save_embedding_layers=False,
-            selected_adapters=["default"],
-        )  # fmt: skip
+        weights, config = with_beginnings(model, weights), model.peft_config["default"]
+        if self.settings.init != "zero":
+            model.peft_config["default"] = doubled(config)
+        try:
+            model.save_pretrained(
+                str(folder), state_dict=weights, save_embedding_layers=False,
+                selected_adapters=["default"],
+            )  # fmt: skip
+        finally:
+            model.peft_config["default"] = config
         # peft adds a model card made of placeholders.
         (folder / "README.md").unlink(missing_ok=True)
         write_record(model, folder)
@@ -176,7 +195,8 @@ class LoraWeights:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        tensors = take_beginnings(model, load_file(folder / "adapter_model.safetensors"))
+        result = set_peft_model_state_dict(model, tensors)
         if result.unexpected_keys:
             raise UserError(
                 f"{folder} holds parameters this adapter lacks: {result.unexpected_keys[:3]}"
