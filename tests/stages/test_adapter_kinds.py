@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,11 +22,12 @@ from tandem.data.records import Origin
 from tandem.errors import UserError
 from tandem.model.base_model import check_base
 from tandem.model.load_model import load_adapter, load_model
-from tandem.model.logprobs.sequence_logps import sequence_logps
+from tandem.model.logprobs.sequence_logps import Scorer, sequence_logps
 from tandem.model.lora.adapter import LoraWeights
 from tandem.model.lora.adapter_folder import read_updates
 from tandem.model.model_folder import load_config
 from tandem.model.prepare_model import Preparation, prepare_model, speed_up_adapter
+from tandem.model.unwrap import layers_of
 from tandem.plan.model_shape import described
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import LoraSettings, SftSettings
@@ -358,3 +361,61 @@ def test_rows_of_tokens_that_the_model_has_go_with_every_kind(
     assert len(load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"]) == len(
         before["lm_head.weight"]
     )
+
+
+@pytest.fixture
+def _another_precision() -> Iterator[None]:
+    """accelerate keeps the precision of a process's first run."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("_another_precision")
+@pytest.mark.parametrize("kind", ["dora", "pissa", "whole-modules", "dora-whole-linear"])
+def test_in_bfloat16_all_that_is_trained_is_float32(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the base in bfloat16, products under autocast, and activations in bfloat16."""
+    base = make_model_folder(tmp_path / "base", dtype=torch.bfloat16)
+    seen: set[torch.dtype] = set()
+    plain = Scorer.forward
+
+    def forward(self: Scorer, batch: Any) -> Tensor:
+        for layer in layers_of(self.model):
+            layer.register_forward_hook(lambda *given: seen.add(given[-1].dtype))
+        return plain(self, batch)
+
+    monkeypatch.setattr(Scorer, "forward", forward)
+    saved = run(
+        "dpo", base, tmp_path / "dpo", lora=lora(kind), logging_steps=1,
+        runtime={"dtype": "bfloat16"},
+    )  # fmt: skip
+    first, *_, last = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
+    assert first["loss"] == pytest.approx(math.log(2), abs=3e-2)
+    assert last["loss"] < first["loss"]
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert seen == {torch.bfloat16}
+    run_merge(merge_job(base, tmp_path / "dpo", tmp_path / "merged", dtype="float32"), QUIET)
+    assert read_json(tmp_path / "merged" / "summary.json")["logp_difference"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {"nothing": 2}},
+        {"modules_to_save": ("lm_head",)},
+        {"init": "pissa", "rank": 40},
+        {"target_modules": ("nothing",)},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_a_mistake_is_told_before_the_weights_are_loaded(
+    settings: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("tandem.stages.training.model_setup.load_model", load)
+    with pytest.raises(UserError, match=r"^lora\."):
+        run("sft", tiny_model, tmp_path / "sft", lora=LoraSettings(**settings))

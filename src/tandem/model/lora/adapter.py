@@ -30,7 +30,6 @@ from tandem.model.lora.principal import (
 from tandem.model.lora.saved_modules import (
     check_saved,
     fitting,
-    room_for_copies,
     saved_linear,
     settle_copies,
     trains_head,
@@ -125,7 +124,7 @@ class LoraWeights:
                 "trains rows of it; name it in one of the two"
             )
         torch.manual_seed(self.seed)
-        with _quiet(), as_float32(model), room_for_copies(model, whole), self._explained():
+        with _quiet(), as_float32(model), self._explained():
             wrapped = get_peft_model(model, self._config(model, unreached, added_ids))
         settle_copies(wrapped)
         config = wrapped.peft_config["default"]
@@ -149,7 +148,7 @@ class LoraWeights:
         config = started_config(self.settings)
         copied = copy.deepcopy(config)
         check_copies(folder, dict(model.named_parameters(remove_duplicate=False)).get)
-        with _quiet(), as_float32(model), room_for_copies(model, config.modules_to_save or ()):
+        with _quiet(), as_float32(model):
             wrapped = get_peft_model(model, config)
             if self.keeps_start:
                 if adapts_experts(wrapped):
@@ -281,9 +280,8 @@ def wrap_with_saved(model: Any, folder: Path) -> Any:
         update.plain for update in read_updates(folder, model).values()
     ):
         widen(*(m for m in model.modules() if type(m) is nn.Linear))  # peft computes with them
-    whole = read_config(folder).modules_to_save or ()
     try:
-        with _quiet(), as_float32(model), room_for_copies(model, whole):
+        with _quiet(), as_float32(model):
             adapted = PeftModel.from_pretrained(model, str(folder))
     except KeyError as error:  # peft's, of a module that was trained as a whole
         raise UserError(f"{folder} does not fit its base model: it lacks {error}") from None

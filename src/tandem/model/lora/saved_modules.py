@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -91,20 +90,6 @@ def saved_linear(model: nn.Module, ends: Sequence[str]) -> list[str]:
     """The linear layers among the modules that are trained as a whole, by name."""
     found = fitting(model, ends)
     return [name for name, module in found.items() if isinstance(module, nn.Linear | Conv1D)]
-
-
-@contextmanager
-def room_for_copies(model: nn.Module, ends: Sequence[str]) -> Iterator[None]:
-    """Inside, weights that have no memory of their own get some, which peft then copies."""
-    weights = [weight for each in fitting(model, ends).values() for weight in each.parameters()]
-    held = [(weight, weight.data) for weight in weights if 0 in weight.stride()]
-    for weight, data in held:
-        weight.data = torch.empty(data.shape, dtype=data.dtype, device=data.device)
-    try:
-        yield
-    finally:
-        for weight, data in held:
-            weight.data = data
 
 
 def settle_copies(model: Any) -> None:
