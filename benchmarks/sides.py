@@ -19,9 +19,10 @@ from transformers.utils import logging as transformers_logging
 from tandem.data.encoded.example import Example
 from tandem.recipe.choices import DeviceName
 from tandem.recipe.data_source import DataSource
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.run_settings import RunSettings
-from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.runtime.host_memory import most_resident
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft

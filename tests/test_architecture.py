@@ -13,12 +13,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "tandem"
 
 _GROUND = {"storage"}
-_MODEL = _GROUND | {"recipe", "runtime", "demo", "data", "model"}
+_MODEL = _GROUND | {"losses", "recipe", "runtime", "demo", "data", "model"}
 _TRAIN = _MODEL | {"train", "integrations"}
 # What each package may import from tandem, besides itself, `errors` and `wording`.
 ALLOWED: dict[str, set[str]] = {
     "storage": set(),
-    "recipe": _GROUND,
+    "losses": set(),
+    "recipe": _GROUND | {"losses"},
     "runtime": _GROUND,
     "demo": _GROUND,
     "data": _GROUND | {"recipe", "runtime", "demo"},
@@ -47,6 +48,7 @@ HOMES = {
         "demo",
         "evaluate",
         "integrations",
+        "losses",
         "model",
         "pairs",
         "plan",

@@ -12,7 +12,7 @@ from tandem.check.column_words import side_columns, sides_of
 from tandem.check.survey import survey
 from tandem.check.survey_result import CheckTarget
 from tandem.data.encoded.encode_chunk import EncodingOptions
-from tandem.data.records import Origin, PreferencePair, Turn
+from tandem.data.records import Origin, Preference, Turn
 from tandem.data.truncation.limits import Limits
 from tandem.recipe.data_source import DataSource
 
@@ -25,7 +25,7 @@ CAPITALS = (("chosen", "human_ref_A"), ("rejected", "human_ref_B"))
 WORDS = (("chosen", "answers.good"), ("rejected", "answers.bad"))
 ONE_MORE = (("chosen", "response"), ("rejected", "response_2"))
 
-_PAIR = PreferencePair((Turn("user", "Why?"),), "Because.", "No idea.", Origin("a.jsonl", 1))
+_PAIR = Preference((Turn("user", "Why?"),), ("Because.", "No idea."), Origin("a.jsonl", 1))
 
 
 def _found(fields: dict[str, Any], names: tuple[tuple[str, str], ...] = ()) -> list[str]:

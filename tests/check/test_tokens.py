@@ -14,7 +14,7 @@ from tandem.check.show_record import encode_row, find_row, records_in, token_tex
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
-from tandem.data.records import Conversation, PreferencePair
+from tandem.data.records import Conversation, Preference
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.truncation.limits import Limits
@@ -127,7 +127,7 @@ def test_a_format_has_the_name_that_recipes_have_for_it(tmp_path: Path) -> None:
     place = find_row([source], "preference pairs", None, 1)
     assert place.format_name == "UltraFeedback"
     ((record,), _) = records_in(place)
-    assert isinstance(record, PreferencePair)
+    assert isinstance(record, Preference)
     bad = DataSource(path=str(write(tmp_path / "b.jsonl", ["{"])))
     assert find_row([bad], "preference pairs", None, 1).format_name == ""
 
@@ -143,7 +143,7 @@ def test_rows_that_are_put_together_are_told_and_those_left_alone_are_found(tmp_
     ]
     sources = [DataSource(path=str(write(tmp_path / "a.jsonl", rows)))]
     ((record,), _) = records_in(find_row(sources, "preference pairs", None, 5))
-    assert isinstance(record, PreferencePair)
+    assert isinstance(record, Preference)
     assert (record.chosen, record.rejected) == ("good", "bad")
     for row, said in (
         (1, "row 1 of .*a.jsonl is no pair of its own; its answer is in that of .*a.jsonl, row 5"),

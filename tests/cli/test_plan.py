@@ -301,6 +301,7 @@ def test_a_folder_without_weights_is_enough_and_no_more_is_read(
         (["demo", "model=./nowhere"], "model folder ./nowhere does not exist"),
         (["demo", "sft.max_length=100000"], "max_length 100000 exceeds the context"),
         (["demo", "sft.lora.target_modules=[q]"], "'q' fits no module"),
+        (["demo", "dpo.optimizer=muon", "engine=fsdp2"], "optimizer: muon cannot work on shards"),
     ],
 )
 def test_mistakes_are_said_and_exit_with_two(
@@ -308,6 +309,30 @@ def test_mistakes_are_said_and_exit_with_two(
 ) -> None:
     assert main(["plan", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_optimizer_of_a_later_stage_is_refused_before_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["dpo.optimizer=adafactor", "engine=deepspeed-zero2", f"output_dir={out}"]
+    assert main(["run", "demo", *words]) == 2
+    assert "optimizer: adafactor cannot work on pieces" in capsys.readouterr().err
+    assert not list(out.glob("*-sft"))
+
+
+def test_engines_that_an_optimizer_cannot_work_in_are_not_planned(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And what it keeps is counted: half of AdamW's under Lion."""
+    plain, lion, muon = (
+        _plan(capsys, "demo", "device=cpu", "--nproc=2", *more)["training"][0]["memory"]
+        for more in ([], ["sft.optimizer=lion"], ["sft.optimizer=muon"])
+    )
+    assert plain.keys() == lion.keys() == {"ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2"}
+    assert muon.keys() == {"ddp"}
+    for engine in plain:
+        assert lion[engine]["optimizer"] * 2 == plain[engine]["optimizer"]
 
 
 def test_no_data_of_the_hub_is_read_unasked(

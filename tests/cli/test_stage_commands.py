@@ -16,9 +16,10 @@ import tandem.stages.merge
 import tandem.stages.sft
 from tandem.cli.main import main
 from tandem.recipe.choices import TrainingStageName as Stage
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.flags import DATA_FLAGS, Flag, boolean
 from tandem.recipe.run_settings import RunSettings
-from tandem.recipe.training_settings import DpoSettings, SftSettings
+from tandem.recipe.training_settings import SftSettings
 from tandem.recipe.tutorial_flags import SETTINGS, stage_flags
 
 SEED_SFT = """
@@ -68,6 +69,33 @@ SAMPLES = {
     "fields": "prompt=asked",
     "roles": "caller=user",
     "completions": "best_vs_rest",
+    "optimizer": "lion",
+    "lora_rank_pattern": "q_proj=3",
+    "lora_alpha_pattern": "q_proj=3.0",
+    "min_lr_ratio": "0.25",
+    "decay_ratio": "0.25",
+    "lion_beta1": "0.25",
+    "lion_beta2": "0.25",
+    "muon_momentum": "0.25",
+    "label_smoothing": "0.25",
+    "ld_alpha": "0.25",
+    "f_divergence_type": "forward_kl",
+}
+# Flags that need another one.
+WITH = {
+    "decay_ratio": ["--lr_scheduler_type", "wsd"],
+    "lr_power": ["--lr_scheduler_type", "polynomial"],
+    "lion_beta1": ["--optimizer", "lion"],
+    "lion_beta2": ["--optimizer", "lion"],
+    "muon_momentum": ["--optimizer", "muon"],
+    "simpo_gamma": ["--loss", "simpo"],
+    "cpo_alpha": ["--loss", "cpo"],
+    "dpop_lambda": ["--loss", "dpo_positive"],
+    "discopop_tau": ["--loss", "discopop"],
+    "desirable_weight": ["--loss", "kto"],
+    "undesirable_weight": ["--loss", "kto"],
+    "score_temperature": ["--loss", "info_nca", "--completions", "ranked"],
+    "f_alpha_divergence_coef": ["--f_divergence_type", "alpha_divergence"],
 }
 
 
@@ -128,12 +156,14 @@ def test_dashes_and_underscores_are_the_same(
 ) -> None:
     flag = next(flag for flag in _flags(stage) if flag.name == name)
     value = SAMPLES.get(name, "3" if flag.kind is not boolean else "true")
+    if name == "loss":
+        value = "dft" if stage == "sft" else "sigmoid=0.25"
     rest = [
         text
         for key, given in zip(REQUIRED[::2], REQUIRED[1::2], strict=True)
         for text in (key, given)
         if key != f"--{name}"
-    ]
+    ] + WITH.get(name, [])
     shown = [
         _dry_text(capsys, stage, *rest, spelling, value)
         for spelling in dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))

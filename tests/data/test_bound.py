@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tandem.data.records import Conversation, Origin, PreferencePair, Turn
+from tandem.data.records import Conversation, Origin, Preference, Turn
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer, Encoded, encode_conversation
 from tandem.data.tokenize.template_capabilities import Refused
@@ -150,7 +150,7 @@ def test_long_records_come_out_as_if_tokenised_whole(
     roles = ("user", "assistant")
     turns = [Turn(roles[i % 2], t) for i, t in enumerate(texts[: len(texts) // 2 * 2])]  # type: ignore[arg-type]
     record = Conversation((*before, *turns), ORIGIN)
-    pair = PreferencePair(record.turns[:-1], turns[-1].content, "No. " + texts[-1], ORIGIN)
+    pair = Preference(record.turns[:-1], (turns[-1].content, "No. " + texts[-1]), ORIGIN)
     found = []
     for longest in (known, 0):  # 0: nobody knows, so all is tokenised
         chat.codec._longest = longest  # type: ignore[attr-defined]

@@ -36,7 +36,16 @@ def as_trees(trees: list[Example]) -> EncodedDataset:
     files = np.zeros(len(trees), dtype=np.int32)
     names = (trees[0].origin.file,)
     index = Index(
-        c.parts, c.lengths, c.targets, c.fed, c.rows, files, c.prompts, names, (len(trees),)
+        c.parts,
+        c.lengths,
+        c.targets,
+        c.fed,
+        c.rows,
+        files,
+        c.prompts,
+        c.scores,
+        names,
+        (len(trees),),
     )
     packed = np.packbits(c.trained)
     return EncodedDataset(

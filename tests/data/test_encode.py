@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.data.encoded.example import Branch, Example, conversation_example, pair_example
+from tandem.data.encoded.example import Branch, Example, conversation_example, preference_example
 from tandem.data.records import Conversation, Origin, Turn
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.encode import (
@@ -209,7 +209,9 @@ def test_a_second_bos_from_the_data_is_refused(mistral_tokenizer: Any) -> None:
 
 
 def test_a_pair_shares_its_longest_common_token_prefix() -> None:
-    tree = pair_example([Encoded([1, 5, 6, 7, 8, 2], 3), Encoded([1, 5, 6, 7, 9, 9, 2], 3)], ORIGIN)
+    tree = preference_example(
+        [Encoded([1, 5, 6, 7, 8, 2], 3), Encoded([1, 5, 6, 7, 9, 9, 2], 3)], ORIGIN
+    )
     assert tree.prefix.input_ids.tolist() == [1, 5, 6, 7]
     assert tree.prefix.trained.tolist() == [False, False, False, True]
     assert [branch.input_ids.tolist() for branch in tree.branches] == [[8, 2], [9, 9, 2]]
@@ -218,16 +220,16 @@ def test_a_pair_shares_its_longest_common_token_prefix() -> None:
 
 
 def test_each_branch_keeps_a_token_when_one_answer_begins_the_other() -> None:
-    tree = pair_example([Encoded([1, 5, 6, 7], 2), Encoded([1, 5, 6, 7, 8], 2)], ORIGIN)
+    tree = preference_example([Encoded([1, 5, 6, 7], 2), Encoded([1, 5, 6, 7, 8], 2)], ORIGIN)
     assert tree.prefix.input_ids.tolist() == [1, 5, 6]
     assert [branch.input_ids.tolist() for branch in tree.branches] == [[7], [7, 8]]
 
 
 def test_the_first_token_of_a_sequence_is_never_trained() -> None:
-    tree = pair_example([Encoded([3, 4], 0), Encoded([5, 4], 0)], ORIGIN)
+    tree = preference_example([Encoded([3, 4], 0), Encoded([5, 4], 0)], ORIGIN)
     assert tree.prefix.input_ids.size == 0
     assert [branch.trained.tolist() for branch in tree.branches] == [[False, True]] * 2
-    shared = pair_example([Encoded([3, 4], 0), Encoded([3, 5], 0)], ORIGIN)
+    shared = preference_example([Encoded([3, 4], 0), Encoded([3, 5], 0)], ORIGIN)
     assert shared.prefix.trained.tolist() == [False]
 
 

@@ -18,13 +18,13 @@ from tandem.data.formats.known_formats import (
     variant,
 )
 from tandem.data.formats.turns import UNKNOWN_ROLE
-from tandem.data.records import Conversation, Origin, PreferencePair, Turn
+from tandem.data.records import Conversation, Origin, Preference, Turn
 from tandem.errors import UserError
 
 ORIGIN = Origin("made.jsonl", 7)
 
 
-def read(fields: dict[str, Any]) -> Conversation | PreferencePair:
+def read(fields: dict[str, Any]) -> Conversation | Preference:
     known = detect(fields)
     assert known is not None
     (record,) = known.read(fields, ORIGIN)
@@ -87,7 +87,7 @@ def test_messages_with_text_parts_and_turns_after_the_last_trained_answer() -> N
 @pytest.mark.parametrize("system", ["", None])
 def test_orca_pairs_without_a_system_text(system: str | None) -> None:
     row = {"system": system, "question": "Q", "chosen": "C", "rejected": "R"}
-    assert read(row) == PreferencePair((Turn("user", "Q"),), "C", "R", ORIGIN)
+    assert read(row) == Preference((Turn("user", "Q"),), ("C", "R"), ORIGIN)
 
 
 def said(role: str, content: str) -> dict[str, str]:
@@ -127,7 +127,7 @@ def test_explicit_preference(
     prompt: object, chosen: object, rejected: object, turns: tuple[Turn, ...]
 ) -> None:
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "messages": []}
-    assert read(row) == PreferencePair(turns, "C", "R", ORIGIN)
+    assert read(row) == Preference(turns, ("C", "R"), ORIGIN)
 
 
 Q_AND_A = (Turn("user", "Q"), Turn("assistant", "A"))
@@ -196,7 +196,7 @@ HH = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: More?\n\nAssistant:"
     ],
 )
 def test_preference_whose_prompt_is_in_both(row: dict[str, Any], prompt: tuple[Turn, ...]) -> None:
-    assert read(row) == PreferencePair(prompt, "C", "R", ORIGIN)
+    assert read(row) == Preference(prompt, ("C", "R"), ORIGIN)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_preference_whose_prompt_is_in_both(row: dict[str, Any], prompt: tuple[T
     ],
 )
 def test_pairs_behind_a_conversation(row: dict[str, Any]) -> None:
-    assert read(row) == PreferencePair((*Q_AND_A, Turn("user", "More?")), "C", "R", ORIGIN)
+    assert read(row) == Preference((*Q_AND_A, Turn("user", "More?")), ("C", "R"), ORIGIN)
 
 
 def answers(*scores: object, key: str = "overall_score") -> dict[str, Any]:
@@ -291,7 +291,7 @@ def test_scored_answers(row: dict[str, Any], choice: str | None, pairs: list[str
         if isinstance(one, InvalidRecord):
             described.append(f"{one.reason}: {one.detail}")
         else:
-            assert isinstance(one, PreferencePair)
+            assert isinstance(one, Preference)
             assert (one.prompt, one.origin) == ((Turn("user", "Q"),), ORIGIN)
             described.append(f"{one.chosen} {one.rejected}")
     assert described == pairs
@@ -308,7 +308,7 @@ def scored_twice(*scores: tuple[float, float]) -> dict[str, Any]:
 def test_measures_may_differ_as_long_as_the_best_is_not_the_worst() -> None:
     for scores in ([(9, 4), (8, 4.5), (5, 2)], [(9, 3), (5, 3)], [(9, 3)] + [(1, 3)] * 2):
         pair = read(scored_twice(*scores))
-        assert isinstance(pair, PreferencePair)
+        assert isinstance(pair, Preference)
         assert pair.chosen == "A1"
 
 
@@ -320,7 +320,7 @@ def test_an_empty_or_equal_scored_answer_costs_its_own_pair_alone() -> None:
     empty, same, pair = known.read(row, ORIGIN)
     assert str(empty) == "empty answer"
     assert str(same) == "identical answers"
-    assert isinstance(pair, PreferencePair)
+    assert isinstance(pair, Preference)
     assert (pair.chosen, pair.rejected) == ("A1", "A4")
 
 

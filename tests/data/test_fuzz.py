@@ -18,7 +18,7 @@ from tandem.data.formats.format import InvalidRecord
 from tandem.data.formats.known_formats import FORMATS, detect
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_conversations, read_pairs
-from tandem.data.records import Conversation, Origin, PreferencePair
+from tandem.data.records import Conversation, Origin, Preference
 from tandem.data.sources.chunks import Renaming, Row
 from tandem.data.sources.compression import check_signature
 from tandem.data.sources.rows import read_rows
@@ -85,7 +85,7 @@ def test_a_row_is_a_record_or_has_a_reason(row: dict[str, Any]) -> None:
             if isinstance(record, Conversation):
                 assert record.turns[-1].role == "assistant"
                 assert record.turns[-1].content.strip() or record.turns[-1].calls
-            elif isinstance(record, PreferencePair):
+            elif isinstance(record, Preference):
                 assert record.chosen.strip() != record.rejected.strip()
                 assert record.prompt[-1].role == "user"
             else:

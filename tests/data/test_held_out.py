@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tandem.data.batching.sampler import choose_held_out, shared_prompts
 from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.ledger import Ledger
-from tandem.data.records import Conversation, Origin, PreferencePair, Turn, prompt_key
+from tandem.data.records import Conversation, Origin, Preference, Turn, prompt_key
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
@@ -77,7 +77,7 @@ def test_a_prompt_is_what_comes_before_the_first_trained_answer() -> None:
     seven = Turn("assistant", "7")
     key = prompt_key(talk(ask, Turn("assistant", "4")))
     assert key == prompt_key(talk(ask, seven, other, seven))
-    assert key == prompt_key(PreferencePair((ask,), "4", "5", WHERE))
+    assert key == prompt_key(Preference((ask,), ("4", "5"), WHERE))
     assert key != prompt_key(talk(other, seven))
     assert key != prompt_key(talk(Turn("system", "Be brief."), ask, seven))
     untrained = Turn("assistant", "7", trained=False)

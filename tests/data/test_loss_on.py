@@ -18,7 +18,7 @@ from tandem.data.tokenize.chat_template import resolve_template
 from tandem.model.load_model import load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
 from tandem.recipe.data_source import DataSource
-from tandem.train.losses.objectives import SupervisedObjective
+from tandem.train.objectives.supervised import SupervisedObjective
 
 from ..invariants.made import attend
 from .built import prepare_conversations
@@ -110,7 +110,7 @@ def test_the_loss_is_that_of_plain_transformers(
     with torch.no_grad():
         logps = sequence_logps(model, collate(list(trees)))
     objective = SupervisedObjective()
-    assert objective.denominator(list(trees)) == count
+    assert objective.begin(list(trees), (0, 1)) == count
     part = objective.loss(logps, torch.ones_like(logps), (0, 1), first_step=False)
     assert float(part.loss) / count == pytest.approx(total / count, rel=1e-9)
 

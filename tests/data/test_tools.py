@@ -13,7 +13,7 @@ from tandem.data.formats.format import Format
 from tandem.data.formats.known_formats import FORMATS, detect
 from tandem.data.formats.tool_calls import Malformed, read_calls, read_tools
 from tandem.data.ledger import Entry, Ledger
-from tandem.data.read_records import read_conversations, read_pairs, records_of
+from tandem.data.read_records import formatted_chunks, records_of
 from tandem.data.records import Conversation, Origin
 from tandem.data.sources.chunks import Row, RowChunk
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
@@ -173,6 +173,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         for text in "AB"
     ],
     "prompt and completion": [HALF],
+    "scored answers": [{"prompt": "Q", "answers": ["A", "B"], "scores": [2, 1]}],
     "Alpaca": [{"instruction": "Q", "output": "A"}],
     "input preference": [{"input": "Q", **ANSWERED}],
     "response preference": [{"instruction": "Q", "chosen_response": "C", "rejected_response": "R"}],
@@ -189,13 +190,18 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 def test_every_format_has_tools(tmp_path: Path, known: Format) -> None:
     file = tmp_path / "rows.jsonl"
     source = DataSource(path=str(file), format=known.name, completions=known.completions)
-    read_all: Any = read_pairs if known.kind == "preference pairs" else read_conversations
 
     def told(tools: str) -> tuple[set[str], set[str]]:
         rows = [row | {"tools": tools} for row in ROWS[known.name]]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         ledger = Ledger(None)
-        found = {record.tools for record in read_all([source], ledger)}
+        found = set()
+        for chunk, id_ in formatted_chunks([source], known.kind, ledger, "stop"):
+            for one in records_of(chunk, id_, "stop"):
+                if isinstance(one, Entry):
+                    ledger.add([one], 0)
+                else:
+                    found.add(one.tools)
         return found, {one.reason for one in ledger.entries}
 
     assert told(json.dumps(TOOLS))[0] == {read_tools(TOOLS)}

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tandem.data.records import Conversation, Origin, PreferencePair, Turn
+from tandem.data.records import Conversation, Origin, Preference, Turn
 from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.encode import (
     ChatTokenizer,
     Encoded,
+    answer_exchanges,
     encode_conversation,
     encode_exchanges,
-    pair_exchanges,
 )
 from tandem.data.tokenize.template_capabilities import Refused
 from tandem.data.truncation import prompt
@@ -66,8 +66,8 @@ def fit(chat: ChatTokenizer, record: Conversation, limits: Limits, loss_on: Any 
     return fit_conversation(chat, shorter[0], encoded, limits, loss_on, shorter[1])
 
 
-def fit_two(chat: ChatTokenizer, pair: PreferencePair, limits: Limits) -> Any:
-    encoded = encode_exchanges(chat, pair_exchanges(pair), limits.sequence)
+def fit_two(chat: ChatTokenizer, pair: Preference, limits: Limits) -> Any:
+    encoded = encode_exchanges(chat, answer_exchanges(pair), limits.sequence)
     return fit_pair(chat, pair, encoded, limits)
 
 
@@ -198,14 +198,13 @@ def test_keep_end_never_cuts_an_answer(chat: tuple[ChatTokenizer, Any]) -> None:
 
 def test_pairs_by_policy(chat: tuple[ChatTokenizer, Any]) -> None:
     codec, tokenizer = chat
-    pair = PreferencePair(
+    pair = Preference(
         (Turn("system", "Stay."), Turn("user", words("q", 40))),
-        words("c", 30),
-        words("r", 20),
+        (words("c", 30), words("r", 20)),
         ORIGIN,
     )
     full = [
-        one for one in encode_exchanges(codec, pair_exchanges(pair)) if isinstance(one, Encoded)
+        one for one in encode_exchanges(codec, answer_exchanges(pair)) if isinstance(one, Encoded)
     ]
     start, size = full[0].start, len(full[0].ids)
     limit = size - 10
@@ -235,7 +234,7 @@ def test_pairs_by_policy(chat: tuple[ChatTokenizer, Any]) -> None:
 def test_keep_end_of_a_pair_cuts_old_questions_by_text(mistral_tokenizer: Any) -> None:
     chat = ChatTokenizer.of(mistral_tokenizer, resolve_template(mistral_tokenizer, "neural-chat"))
     turns = talk(words("q", 30), "old answer", "new question").turns
-    pair = PreferencePair(turns, "Yes", "No", ORIGIN)
+    pair = Preference(turns, ("Yes", "No"), ORIGIN)
     start = len(prompt_ids(mistral_tokenizer, chat.template, turns))
     kept = fit_two(chat, pair, Limits(start, None, "keep_end"))
     assert "old answer" in last(kept, mistral_tokenizer)

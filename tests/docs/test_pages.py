@@ -54,7 +54,7 @@ def _anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_named_tests_exist_and_the_guide_names_none(page: Path) -> None:
     named = _TEST.findall(page.read_text())
-    assert not named or page.parent.name == "internals"
+    assert not named or page.parent.name == "internals" or page.name == "CONTRIBUTING.md"
     for file, test in named:
         assert (ROOT / file).is_file(), f"{page_name(page)} names {file}"
         assert not test or f"def {test}(" in (ROOT / file).read_text(), (
@@ -84,7 +84,8 @@ def test_the_example_records_can_be_read() -> None:
         "ShareGPT", "messages", "messages", "messages", "Alpaca", "prompt and completion",
         "unpaired preference",
         "orca_dpo_pairs", "explicit preference", "explicit preference", "ShareGPT preference",
-        "Alpaca preference", "implicit preference", "UltraFeedback", "question and answer",
+        "Alpaca preference", "implicit preference", "UltraFeedback", "scored answers",
+        "question and answer",
     ]  # fmt: skip
     read_question(fields, origin)
     text = " ".join(page.read_text().split())

@@ -44,7 +44,8 @@ def run_stages(folder: Path, model: Path, **run: Any) -> None:
 
 
 def _run(folder: Path, model: Path, console: Any, run: dict[str, Any]) -> None:
-    from tandem.recipe.training_settings import DpoSettings, SftSettings
+    from tandem.recipe.dpo_settings import DpoSettings
+    from tandem.recipe.training_settings import SftSettings
     from tandem.stages.dpo import run_dpo
     from tandem.stages.sft import run_sft
 

@@ -31,12 +31,8 @@ from tandem.data.encoded.example import Example
 from tandem.errors import TandemError
 from tandem.model.logprobs.sequence_logps import Scorer
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.training_settings import (
-    DpoSettings,
-    LoraSettings,
-    SftSettings,
-    ValidationSettings,
-)
+from tandem.recipe.dpo_settings import DpoSettings
+from tandem.recipe.training_settings import LoraSettings, SftSettings, ValidationSettings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.train import reference_logps
@@ -94,9 +90,17 @@ class Order:
     seed: int = 1
     engine: str = "auto"
     keep: str = ""  # last or best: records are held out and scored, too
+    loss: str = ""
+    more: str = ""  # further settings as JSON
     adapter: str = ""  # of ADAPTERS
 
 
+# Losses that need more than the log-probs of a pair: a whole step, answers to other prompts, whole
+# rows, tokens one by one.
+COUPLED = [
+    Order(kind, f"{kind}-float64-{loss}whole", "float64", loss=loss)
+    for kind, loss in (("dpo", "aot"), ("dpo", "kto"), ("dpo", "info_nca"), ("sft", "dft"))
+]
 BASE = [Order(kind, f"{kind}-{dtype}-whole", dtype) for kind in KINDS for dtype in DTYPES]
 RICH = {
     "sft": Order("sft", "sft-float32-rich-whole", adapter="rich"),
@@ -138,6 +142,10 @@ def make_data(home: Path) -> None:
                 rejected = chosen[:8] + rejected
             row = {"question": words(2, 30), "chosen": chosen, "rejected": rejected}
             file.write(json.dumps({"system": "", **row}) + "\n")
+    with (home / "rows.jsonl").open("w") as file:
+        for _ in range(25):
+            scored = [{"response": words(1, 20), "overall_score": score} for score in (2, 1, 4)]
+            file.write(json.dumps({"instruction": words(2, 20), "completions": scored}) + "\n")
     for kind in KINDS:
         records = (home / f"{kind}.jsonl").read_text().splitlines(keepends=True)
         (home / f"{kind}-held-out.jsonl").write_text("".join(records[:13]))
@@ -152,6 +160,7 @@ def carry_out(order: Order, home: Path) -> Outcome:
     text = io.StringIO()
     stage: Any = run_sft if order.kind == "sft" else run_dpo
     data = order.data if order.data and rank == last else f"{order.kind}.jsonl"
+    data = "rows.jsonl" if order.loss == "info_nca" else data
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home / order.folder / ".." / f"{order.folder}.cache"))
         if order.dtype == "float64":
@@ -233,7 +242,11 @@ def started(home: Path) -> Done:
 
 def adapter(home: Path, folder: str) -> dict[str, Tensor]:
     """The trained adapter of an order."""
-    return load_file(home / folder / "adapter_model.safetensors")
+    path = home / folder
+    if not (path / "adapter_model.safetensors").exists():  # all weights were trained
+        path = path / "checkpoints" / f"step-{STEPS:06d}"
+        return load_file(path / "trained.safetensors")
+    return load_file(path / "adapter_model.safetensors")
 
 
 def first_gradients(home: Path, folder: str, rank: int = 0) -> dict[str, Tensor]:
@@ -267,8 +280,8 @@ def drift(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def whole(order: Order) -> str:
     """The folder of what an order must be like: one process, everything in few micro-batches."""
-    adapter = f"{order.adapter}-" if order.adapter else ""
-    return f"{order.kind}-{order.dtype}-{adapter}whole"
+    special = "".join(f"{one}-" for one in (order.adapter,) if one) + order.loss
+    return f"{order.kind}-{order.dtype}-{special}whole"
 
 
 def _engine(order: Order, home: Path) -> str:
@@ -282,8 +295,10 @@ def _held_out(order: Order, data: Path) -> dict[str, Any]:
 
 
 def _settings(order: Order, data: Path) -> SftSettings | DpoSettings:
+    ranked = "ranked" if order.loss == "info_nca" else None
     values: dict[str, Any] = {
-        "data": (DataSource(path=str(data)),),
+        "data": (DataSource(path=str(data), completions=ranked),),
+        **({"loss": order.loss} if order.loss else {}),
         **(_held_out(order, data) if order.keep else {}),
         "batch_size": 6 if order.kind == "sft" else 12,
         "max_steps": STEPS,
@@ -291,10 +306,18 @@ def _settings(order: Order, data: Path) -> SftSettings | DpoSettings:
         "max_length": 200,
         "logging_steps": 1,
         "save_steps": STEPS,
-        "lora": _lora(order, data.parent),
+        **_trained(order, data.parent),
         "gradient_checkpointing": order.checkpointing,
+        **json.loads(order.more or "{}"),
     }
     return SftSettings(**values) if order.kind == "sft" else DpoSettings(**values)
+
+
+def _trained(order: Order, home: Path) -> dict[str, Any]:
+    """An adapter; or all weights, of whose gradients some are as small as their rounding."""
+    if order.adapter == "full":
+        return {"full": True, "adam_epsilon": 1e-4}
+    return {"lora": _lora(order, home)}
 
 
 def _lora(order: Order, home: Path) -> LoraSettings:

@@ -12,11 +12,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tandem.storage.atomic_files import read_json, read_jsonl
 
 from .orders import (
     BASE,
+    COUPLED,
     ENGINES,
     KINDS,
     LIMITS,
@@ -70,6 +72,22 @@ IN_THREE = [
     for engine in ENGINES[1:]
 ]
 AGAIN_PISSA = Order("sft", "again-pissa", engine="fsdp2", budget=512, adapter="pissa")
+# Sees every step of other examples beforehand, in which all processes take part.
+IN_THREE.append(Order("dpo", "kto-3-fsdp2", "float64", 512, engine="fsdp2", loss="kto"))
+# All weights are trained, embeddings and head among them.
+FULL = {kind: Order(kind, f"{kind}-float32-full-whole", adapter="full") for kind in KINDS}
+IN_THREE += [
+    Order("sft", f"full-3-{engine}", budget=512, engine=engine, adapter="full")
+    for engine in ENGINES
+]
+FULL_IN_TWO = [
+    Order("dpo", f"full-2-{engine}", budget=512, engine=engine, adapter="full")
+    for engine in ("deepspeed-zero2", *SPREAD)
+]
+# Stopped after the first step and finished; the reference is that of the first start.
+FULL_AGAIN = [
+    replace(order, folder=order.folder.replace("full", "full-again")) for order in FULL_IN_TWO
+]
 # DeepSpeed files of the user's own: stage 1, and an optimizer whose state is kept on the host.
 CONFIGURED = {
     "one.json": {"stage": 1},
@@ -145,6 +163,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     local = [order for order in troubled if order.engine == "single"]
     shared = [order for order in troubled if order.engine != "single"]
     plain = [*(order for order in BASE if order != NOT_NEEDED), *ALONE, RICH["sft"], PISSA, STARTED]
+    plain += [*(order for order in COUPLED if order.loss == "kto"), *FULL.values()]
     done.alone([*plain, *local, _stopped(ONE)])
     back = [_moved(order, engine) for order, engine in MOVES if engine == "single"]
     there = [_moved(order, engine) for order, engine in MOVES if engine != "single"]
@@ -152,6 +171,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
         copied(done.home, stopped(ONE), order.folder)
     again = [*map(_stopped, AGAIN), *AGAIN, *map(_stopped, AGAIN_RICH), *AGAIN_RICH]
     again += [_stopped(AGAIN_PISSA), AGAIN_PISSA]
+    again += [*FULL_IN_TWO, *map(_stopped, FULL_AGAIN), *FULL_AGAIN]
     done.launched(2, [*IN_TWO, STAGE_ONE, *again, *there, *shared, NO_MEMORY_SPREAD])
     done.launched(3, IN_THREE)
     for order, engine in MOVES[: len(back)]:
@@ -204,6 +224,21 @@ def test_a_stopped_run_ends_with_the_same_bits(done: Done, order: Order) -> None
     never = adapter(done.home, f"sft-{order.adapter or order.dtype}-2-{like}")
     found = adapter(done.home, order.folder)
     assert all(torch.equal(found[name], never[name]) for name in never)
+
+
+@pytest.mark.parametrize("order", FULL_IN_TWO, ids=lambda order: order.folder)
+def test_a_stopped_run_of_all_weights_keeps_its_reference_and_its_bits(
+    done: Done, order: Order
+) -> None:
+    again = FULL_AGAIN[FULL_IN_TWO.index(order)]
+    assert done.outcomes[_stopped(again)][0].error == "Stopped"
+    for one in (order, again):
+        same_as_whole(done, one)
+    found, never = (adapter(done.home, one.folder) for one in (again, order))
+    assert all(torch.equal(found[name], never[name]) for name in never)
+    # What is left is a model, in the format that its base is stored in.
+    left = load_file(done.home / order.folder / "model.safetensors")
+    assert all(torch.equal(left[name], never[name]) for name in never)
 
 
 @pytest.mark.parametrize("order", NO_MEMORY, ids=lambda order: order.folder)

@@ -20,6 +20,7 @@ from tandem.storage.folder_lock import folder_lock
 
 from .orders import (
     BASE,
+    COUPLED,
     FAULTS,
     KINDS,
     LIMITS,
@@ -54,6 +55,7 @@ IN_TWO = [
     *(replace(base, folder=f"{base.kind}-{base.dtype}-2-512", budget=512) for base in BASE),
     Order("sft", "sft-float64-2-alone", "float64", budget=1),
     Order("dpo", "dpo-float64-2-checkpointing", "float64", 512, checkpointing=True),
+    *(replace(order, folder=f"{order.loss}-2-512", budget=512) for order in COUPLED),
     Order("dpo", "dpo-rich-2-512", "float64", 512, adapter="rich"),
     Order("sft", "sft-pissa-2-512", budget=512, adapter="pissa"),
 ]
@@ -79,17 +81,8 @@ OTHER_DATA = replace(_SFT, folder="other-data", data="other.jsonl")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """All orders of this module, carried out."""
     done = started(tmp_path_factory.mktemp("orders"))
-    done.alone(
-        [
-            *BASE,
-            *RICH.values(),
-            PISSA,
-            STARTED,
-            *IN_ONE,
-            *FAULTY,
-            replace(ONE_FIRST, trouble="SIGTERM"),
-        ]
-    )
+    plain = [*BASE, *COUPLED, *RICH.values(), PISSA, STARTED, *IN_ONE, *FAULTY]
+    done.alone([*plain, replace(ONE_FIRST, trouble="SIGTERM")])
     in_two = [*IN_TWO, *STOPPED, ONE_FIRST, TWICE_TWO]
     in_two += [NOT_FINITE, BUG, MISTAKE, LOCKED, OTHER_DATA]
     with folder_lock(done.home / LOCKED.folder):

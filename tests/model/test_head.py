@@ -71,6 +71,40 @@ def test_blocks_of_the_vocabulary_add_up(
     assert float((hidden.grad - double.grad).norm() / double.grad.norm()) < 2e-6
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_trained_head_gets_the_gradients_of_full_logits(
+    bias: bool, softcap: float | None, blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if blocks:
+        monkeypatch.setattr(head_module, "_CPU_BLOCK_BYTES", 1)
+        monkeypatch.setattr(head_module, "_FEWEST_COLUMNS", 30)
+        monkeypatch.setattr(head_module, "_ROWS", 20)
+    torch.manual_seed(0)
+    double = torch.float64
+    leaves = [torch.randn(50, 8, dtype=double), torch.randn(101, 8, dtype=double)]
+    leaves += [torch.randn(101, dtype=double)] if bias else []
+    hidden, weight, *biases = (leaf.requires_grad_() for leaf in leaves)
+    head = Head(weight, *biases, scale=0.7, softcap=softcap)
+    target, weights = torch.randint(0, 101, (50,)), torch.randn(50, dtype=double)
+    found = linear_logprob(hidden, head, target)
+    expected = oracle(hidden, head, target)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    both = [torch.autograd.grad((logps * weights).sum(), leaves) for logps in (found, expected)]
+    for mine, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_logprob(hidden, head, target), expected)
+
+
+def test_a_trained_head_needs_no_gradient_of_what_it_reads() -> None:
+    weight = torch.randn(11, 4, requires_grad=True)
+    linear_logprob(torch.randn(3, 4), Head(weight), torch.arange(3)).sum().backward()
+    assert weight.grad is not None
+    assert float(weight.grad.norm()) > 0
+
+
 def test_very_unlikely_tokens_keep_their_log_prob() -> None:
     head = Head(torch.tensor([[200.0], [0.0]]))
     found = linear_logprob(torch.ones(1, 1), head, torch.tensor([1]))
@@ -96,6 +130,8 @@ def test_nothing_of_rows_times_vocabulary_is_ever_allocated() -> None:
     hidden = torch.randn(rows, 4, requires_grad=True)
     with _Largest() as largest:
         linear_logprob(hidden, head, torch.zeros(rows, dtype=torch.int64)).sum().backward()
+        trained = Head(head.weight.clone().requires_grad_())
+        linear_logprob(hidden, trained, torch.zeros(rows, dtype=torch.int64)).sum().backward()
     assert largest.elements <= rows * vocabulary / 16
 
 
@@ -145,5 +181,5 @@ def test_a_target_beyond_the_rows_is_never_a_score(wanted: int, rows: TrainedRow
     target = torch.tensor([5, 100, wanted, 0])
     with torch.no_grad(), pytest.raises(IndexError, match="index out of range"):
         linear_logprob(hidden, head, target)
-    unseen = head_module._chunk(hidden, Head(head.weight), target, torch.float32, None)
+    unseen, _ = head_module._chunk(hidden, Head(head.weight), target, torch.float32, None)
     assert unseen.isnan().tolist() == [False, False, True, False]

@@ -24,7 +24,8 @@ from tandem.model.prepare_model import Preparation, prepare_model, speed_up_adap
 from tandem.model.trained_weights import trainable_parameters
 from tandem.plan.model_shape import described
 from tandem.plan.stage_estimate import disk_of
-from tandem.recipe.training_settings import LoraSettings
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.merge import run_merge
 from tandem.storage.atomic_files import read_json
 from tandem.train import trainer
@@ -220,5 +221,7 @@ def test_a_plan_counts_what_it_is_saved_with(base: Path) -> None:
     shape = described(config, PISSA, attention="auto").shape
     assert (shape.trained, shape.kept, plain.kept) == (plain.trained, plain.trained, 0)
     assert shape.adapter == 2 * plain.adapter
-    disk = disk_of(shape, steps=4, save_steps=2, keep=None, merged_bytes=4)
+    disk = disk_of(
+        shape, SftSettings(data=(DataSource(path="x"),)), steps=4, save_steps=2, merged_bytes=4
+    )
     assert (disk.adapter, disk.checkpoints) == (8 * plain.trained, 2 * 16 * plain.trained)

@@ -24,7 +24,7 @@ from tandem.runtime.launch import Launch
 from tandem.runtime.process_group import ProcessGroup
 from tandem.train.engines.engine import Engine
 from tandem.train.engines.replicated import ReplicatedEngine
-from tandem.train.losses.objectives import Objective
+from tandem.train.objectives.objective import Objective
 
 from .plain import ALPHA, RANK
 
@@ -57,7 +57,7 @@ def engine_of(model: Any) -> Engine:
     """An engine on the CPU that holds the model."""
     device = choose_device("cpu", str(model.dtype).removeprefix("torch."))
     engine = choose_engine("single", device, ProcessGroup(Launch()))
-    engine.prepare(model, torch.optim.SGD, None)
+    engine.prepare(model, lambda parameters: torch.optim.SGD(parameters.values()), None)
     return engine
 
 
@@ -79,10 +79,17 @@ def scores(engine: Engine, trees: Sequence[Example]) -> Tensor:
     return torch.stack([rows[i] for i in range(len(trees))])
 
 
-def accumulate(engine: Engine, trees: Sequence[Example], objective: Objective) -> dict[str, float]:
+def accumulate(
+    engine: Engine,
+    trees: Sequence[Example],
+    objective: Objective,
+    observed: Sequence[Example] | None = None,
+) -> dict[str, float]:
     """Forward and backward of one step over all trees; returns the objective's metrics."""
-    denominator = objective.denominator(trees)
+    denominator = objective.begin(trees, range(len(trees)))
     sums: dict[str, float] = {"count": denominator}
+    if objective.couples:
+        objective.see_step(scores(engine, observed or trees).flatten())
     for members in micro_batches(trees):
         logps = engine.score(collate([trees[i] for i in members]))
         part = objective.loss(logps, torch.ones_like(logps), members, first_step=False)

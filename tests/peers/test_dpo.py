@@ -15,12 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tandem.data.batching.sampler import StepSampler
+from tandem.data.batching.views import with_length_weights
 from tandem.data.encoded.example import Example
 from tandem.model.lora.adapter import LoraWeights
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.training_settings import DpoSettings, LoraSettings
+from tandem.recipe.dpo_settings import DpoSettings
+from tandem.recipe.training_settings import LoraSettings
 from tandem.stages.dpo import run_dpo
-from tandem.train.losses.objectives import PreferenceObjective, find_loss
+from tandem.train.objectives.answers import Answers
+from tandem.train.objectives.mixture import Mixture
+from tandem.train.objectives.objective import sequence_tokens
+from tandem.train.objectives.preference import PreferenceObjective
 from tests.jobs import training_job
 
 from ..data.built import prepare_pairs
@@ -142,18 +147,91 @@ def test_loss_logps_and_gradients_equal_a_padded_float64_oracle(
     plain.assert_close_tensors(found.gradients, oracle.gradients, 1e-9)
 
 
-def _ours(folder: Path, trees: list[Example], dtype: torch.dtype, backend: str) -> Expected:
+# Settings of tandem, and of TRL's trainer where its names differ.
+LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sigmoid_norm": ({"beta": 2.0}, {}),
+    "robust": ({"label_smoothing": 0.1}, {}),
+    "hinge": ({}, {}),
+    "ipo": ({}, {}),
+    "exo_pair": ({"label_smoothing": 0.1}, {}),
+    "nca_pair": ({}, {}),
+    "bco_pair": ({}, {}),
+    "sppo_hard": ({"beta": 0.5}, {}),
+    "aot": ({"label_smoothing": 0.1}, {}),
+    "aot_unpaired": ({"label_smoothing": 0.1}, {}),
+    "apo_zero": ({}, {}),
+    "apo_down": ({}, {}),
+    "discopop": ({}, {}),
+    "sft": ({}, {}),
+    "sigmoid": ({"ld_alpha": 0.3}, {}),
+    "sigmoid, forward KL": ({"f_divergence_type": "forward_kl"}, {}),
+    "sigmoid, JS": ({"f_divergence_type": "js_divergence"}, {}),
+    "ipo, alpha": (
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+        {},
+    ),
+    "mixed": (
+        {"loss": {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}},
+        {"loss_types": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    ),
+}
+
+
+def test_every_loss_that_trl_has_equals_trls(
+    trl: Any, trees: list[Example], stories_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients of a step of several micro-batches, against TRL's of one batch."""
+    model = ours.adapted(stories_path, torch.float32, "segments")
+    plain.move_adapter(model)
+    engine = ours.engine_of(model)
+    for case, (options, theirs) in LOSSES.items():
+        beta = {} if case == "sft" else {"beta": BETA}
+        settings = DpoSettings(**{"loss": case.partition(",")[0], **beta, **options})
+        examples: Any = trees
+        if settings.ld_alpha is not None:
+            examples = list(with_length_weights(trees, settings.ld_alpha))
+        with LoraWeights(LoraSettings()).reference(model):
+            reference = ours.scores(engine, examples)
+        metrics = ours.accumulate(engine, examples, _objective(trees, reference, settings))
+        found = {name: gradient.clone() for name, gradient in plain.gradients(model).items()}
+        engine.gradients.clear()  # type: ignore[attr-defined]
+        given = {"loss_types": [case.partition(",")[0]], "loss_weights": [1.0], **theirs}
+        given |= {key: value for key, value in options.items() if key != "loss"}
+        with monkeypatch.context() as patch:
+            for key, value in ({"beta": BETA, "ld_alpha": None} | given).items():
+                patch.setattr(trl, key, value)
+            trl.model.zero_grad()
+            loss = trl.compute_loss(trl.model, trl.data_collator(list(trl.train_dataset)))
+            loss.backward()
+        # These raise e to the ratios, and their rounding with it.
+        close = 1e-3 if case in ("sigmoid, forward KL", "ipo, alpha") else 2e-5
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=close), case
+        assert plain.distance(found, plain.gradients(trl.model)) <= close, case
+
+
+def _objective(trees: list[Example], reference: Tensor, settings: DpoSettings) -> Any:
+    tokens = np.array([count for tree in trees for count in sequence_tokens(tree)])
+    mixture, scores = Mixture.of(settings), np.tile([1.0, 0.0], len(trees))
+    first = np.arange(0, 2 * len(trees) + 1, 2)
+    answers = Answers(first, tokens, scores, reference.flatten().numpy(), mixture.divergence)
+    return PreferenceObjective(mixture, answers, relative_tolerance=0.0)
+
+
+def _ours(
+    folder: Path,
+    trees: list[Example],
+    dtype: torch.dtype,
+    backend: str,
+    settings: DpoSettings | None = None,
+) -> Expected:
+    settings = settings or DpoSettings(beta=BETA)
     model = ours.adapted(folder, dtype, backend)
     plain.move_adapter(model)
     engine = ours.engine_of(model)
     with LoraWeights(LoraSettings()).reference(model):
         reference = ours.scores(engine, trees)
     policy = ours.scores(engine, trees)
-    objective = PreferenceObjective(
-        find_loss("sigmoid"), DpoSettings(beta=BETA), np.ones((len(trees), 2)),
-        reference.numpy(), relative_tolerance=0.0,
-    )  # fmt: skip
-    metrics = ours.accumulate(engine, trees, objective)
+    metrics = ours.accumulate(engine, trees, _objective(trees, reference, settings))
     return Expected(policy, reference, metrics["loss"], plain.gradients(model), metrics)
 
 

@@ -12,7 +12,7 @@ from trl import extract_prompt, unpair_preference_dataset
 
 from tandem.data.ledger import Ledger
 from tandem.data.read_records import read_pairs
-from tandem.data.records import PreferencePair
+from tandem.data.records import Preference
 from tandem.recipe.data_source import DataSource
 
 
@@ -38,7 +38,7 @@ def read(path: Path, rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """The pairs in rows, without their origins, sorted."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ledger = Ledger()
-    found: list[PreferencePair] = list(read_pairs([DataSource(path=str(path))], ledger))
+    found: list[Preference] = list(read_pairs([DataSource(path=str(path))], ledger))
     assert not ledger.entries
     return sorted((one.prompt[0].content, one.chosen, one.rejected) for one in found)
 

@@ -17,7 +17,7 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_jsonl
-from tandem.train.losses.objectives import SupervisedObjective
+from tandem.train.objectives.supervised import SupervisedObjective
 from tests.jobs import training_job
 
 from ..data.built import prepare_conversations

@@ -26,12 +26,15 @@ from tandem.model.added_tokens import make_rows
 from tandem.model.attention.packing_probe import probe_packing
 from tandem.model.lora.adapter import LoraWeights
 from tandem.model.lora.targets import unreached_layers
-from tandem.model.trained_weights import trainable_parameters
+from tandem.model.trained_weights import hidden_matrices, trainable_parameters
 from tandem.plan.model_shape import ModelShape, described, shape_of
-from tandem.plan.stage_estimate import MemoryUse, memory_of
+from tandem.plan.stage_estimate import MemoryUse, disk_of, memory_of, state_bytes
 from tandem.plan.workload import Workload, count_operations
 from tandem.recipe.choices import SHARDS
-from tandem.recipe.training_settings import LoraSettings
+from tandem.recipe.data_source import DataSource
+from tandem.recipe.training_settings import LoraSettings, SftSettings
+from tandem.runtime.device import Device
+from tandem.train.optimizers import make_optimizer, state_of
 
 from ..invariants.families import PADDED
 from ..invariants.made import recompute
@@ -234,6 +237,45 @@ def test_memory_by_engine() -> None:
     assert zero3 == fsdp2
     assert zero3.weights == shape.parameters // 2 + 4 * shape.largest_layer
     assert zero3.adapter == single.adapter // 4
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "adamw_8bit", "adafactor", "lion", "muon", "schedule_free_adamw"]
+)
+def test_memory_of_the_optimizer_is_what_it_keeps(optimizer: str) -> None:
+    """Of an adapter as wide as real ones: counts of steps and scales of blocks are left out."""
+    config = LlamaConfig(**_SMALL | {"hidden_size": 1024, "intermediate_size": 2048})
+    model = AutoModelForCausalLM.from_config(config)
+    adapted = LoraWeights(LoraSettings(rank=16, target_modules=["up_proj", "down_proj"])).attach(
+        model, unreached=()
+    )
+    parameters = trainable_parameters(adapted)
+    free = {"lr_scheduler": "constant"} if optimizer == "schedule_free_adamw" else {}
+    settings = SftSettings(data=(DataSource(path="x"),), optimizer=optimizer, **free)
+    device = Device(torch.device("cpu"), torch.float32)
+    made = make_optimizer(parameters, settings, device, hidden_matrices(adapted))
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    made.step()
+    kept = state_of(made, parameters)
+    qmaps = 2 * 256 * 4 * len(parameters) if optimizer == "adamw_8bit" else 0
+    found = sum(t.numel() * t.element_size() for t in kept.values()) - qmaps
+    assert state_bytes(shape_of(adapted), optimizer) == pytest.approx(found, rel=0.02)
+
+
+def test_checkpoints_hold_what_the_optimizer_keeps() -> None:
+    shape = _shape(CONFIGS["llama"])
+    held = {}
+    for name in ("adamw", "lion", "schedule_free_adamw"):
+        settings = SftSettings(
+            data=(DataSource(path="x"),),
+            optimizer=name,
+            lr_scheduler="constant",
+            save_total_limit=2,
+        )
+        disk = disk_of(shape, settings, steps=10, save_steps=2, merged_bytes=2)
+        held[name] = disk.checkpoints / disk.adapter
+    assert held == {"adamw": 2 * 3, "lion": 2 * 2, "schedule_free_adamw": 2 * 4}
 
 
 def test_four_bits_and_checkpointing_take_less() -> None:

@@ -18,12 +18,8 @@ from tandem.pipeline.default_callbacks import default_callbacks
 from tandem.plan.stage_estimate import StageSetup
 from tandem.plan.workload import Pacing, Workload, count_work, guess_work
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.training_settings import (
-    DpoSettings,
-    LoraSettings,
-    SftSettings,
-    ValidationSettings,
-)
+from tandem.recipe.dpo_settings import DpoSettings
+from tandem.recipe.training_settings import LoraSettings, SftSettings, ValidationSettings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft
 from tandem.stages.training.training_data import StageReader

@@ -135,6 +135,14 @@ def test_warm_up_in_steps_takes_the_place_of_a_share() -> None:
     assert "--warmup_steps and --warmup_ratio" in _message("dpo", warmup_steps=3, warmup_ratio=0.1)
 
 
+def test_the_tutorials_options_of_adamw_do_not_follow_to_another_optimizer() -> None:
+    sft = _call("sft", optimizer="lion", lion_beta2=0.95).settings
+    assert (sft.optimizer, sft.lion_beta2) == ("lion", 0.95)
+    assert "adam_epsilon has no effect with optimizer: lion" in _message(
+        "sft", optimizer="lion", adam_epsilon=1e-6
+    )
+
+
 def test_all_linear_or_modules() -> None:
     assert _call("dpo", lora_all_linear=True).settings.lora.target_modules == "all-linear"
     named = _call("dpo", lora_all_linear=False, lora_target_modules=["a", "b"]).settings.lora

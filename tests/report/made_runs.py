@@ -149,6 +149,7 @@ def _scored_summary() -> dict[str, Any]:
         "validation": {"records": 80, "shared_prompts": 0, "first": lines[0], "last": lines[-1]},
         "kept_step": 80,
         "best_metric": "loss",
+        "early_stopping": {"step": 120, "of": 400, "best_step": 80, "reason": "early stopping"},
     }
 
 

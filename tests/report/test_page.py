@@ -271,3 +271,5 @@ def test_held_out_scores_stand_beside_the_training_curve(tmp_path: Path) -> None
     assert found["held-out records"] == "80"
     assert found["held-out loss"] == "3.61 → 0.58"
     assert found["kept"] == "step 80, best loss"
+    assert found["stopped early"] == "step 120 of 400"
+    assert "stopped early" not in dict(tiles(read_run(tmp_path / "plain").stages[0]))

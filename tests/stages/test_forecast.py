@@ -27,7 +27,8 @@ from tandem.plan.stage_estimate import (
 )
 from tandem.plan.workload import Workload
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
+from tandem.recipe.dpo_settings import DpoSettings
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.sft import run_sft
 from tandem.stages.training import context
 from tandem.storage.atomic_files import read_json

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, StableLm
 from tandem.errors import UserError
 from tandem.evaluate.evaluate_models import evaluate_models
 from tandem.recipe.data_source import DataSource
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.evaluation_settings import EvaluationSettings
-from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft

@@ -10,8 +10,8 @@ from tandem.errors import UserError
 from tandem.integrations.choose import idle_settings
 from tandem.integrations.gaudi.gaudi_device import GaudiDevice
 from tandem.integrations.gaudi.static_shapes import Buckets
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.run_settings import HpuSettings, RunSettings
-from tandem.recipe.training_settings import DpoSettings
 from tandem.runtime.device import BatchRequest, Device
 
 from ..data.test_buckets import as_trees, make_pair

@@ -23,8 +23,9 @@ from tandem.model.model_folder import load_config
 from tandem.pipeline.preflight import check_inputs
 from tandem.plan.model_shape import described, shape_of
 from tandem.recipe.data_source import DataSource
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.finished import training_is_finished
 from tandem.stages.merge import run_merge
 from tandem.storage.atomic_files import read_json, read_jsonl

@@ -18,7 +18,8 @@ from tandem.model.lora.adapter import LoraWeights
 from tandem.model.lora.adapter_config import read_config
 from tandem.model.model_folder import model_folder
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
+from tandem.recipe.dpo_settings import DpoSettings
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.merge import run_merge
 from tandem.stages.sft import run_sft

@@ -23,7 +23,8 @@ from tandem.cli.main import main
 from tandem.errors import Stopped, TandemError, UserError
 from tandem.model.cpu.c_kernels import numerics
 from tandem.recipe.data_source import DataSource
-from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
+from tandem.recipe.dpo_settings import DpoSettings
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.report.run_facts import read_run, run_warnings
 from tandem.stages.dpo import run_dpo
 from tandem.stages.sft import run_sft

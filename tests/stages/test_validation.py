@@ -78,9 +78,9 @@ def test_the_scores_are_those_of_plain_float64(
     validation = own_data(kind, tmp_path / "v.jsonl")
     run(kind, tiny_model, out, budget=budget, validation=validation, max_length=200, max_steps=2)
     base = load_model(tiny_model, dtype=torch.float64, device=torch.device("cpu"))
-    reference = [_logps(base, *row) for row in _encoded(kind, tmp_path / "v.jsonl", out)]
+    reference = [logps(base, *row) for row in encoded(kind, tmp_path / "v.jsonl", out)]
     model = load_adapter(base, out)
-    policy = [_logps(model, *row) for row in _encoded(kind, tmp_path / "v.jsonl", out)]
+    policy = [logps(model, *row) for row in encoded(kind, tmp_path / "v.jsonl", out)]
     found = lines(out)[-1]
     if kind == "sft":
         tokens = sum(count for _, count in policy)
@@ -95,7 +95,7 @@ def test_the_scores_are_those_of_plain_float64(
     assert found["eval_rewards/chosen"] == pytest.approx(sum(gain[::2]) / len(margins), rel=1e-4)
 
 
-def _encoded(kind: str, path: Path, folder: Path) -> list[tuple[list[int], list[bool]]]:
+def encoded(kind: str, path: Path, folder: Path) -> list[tuple[list[int], list[bool]]]:
     """Ids and trained positions of each sequence, by the tokenizer and template that were saved."""
     from transformers import AutoTokenizer
 
@@ -129,7 +129,7 @@ def _ids(tokenizer: Any, talk: list[dict[str, str]], ask: bool) -> list[int]:
     return ids
 
 
-def _logps(model: Any, ids: list[int], trained: list[bool]) -> tuple[float, int]:
+def logps(model: Any, ids: list[int], trained: list[bool]) -> tuple[float, int]:
     padded = torch.tensor([[*ids, 0, 0, 0]])
     mask = torch.tensor([[1] * len(ids) + [0] * 3])
     with torch.no_grad():

@@ -123,10 +123,15 @@ def dead(processes: ProcessGroup) -> dict[str, Any]:
 def main(scenario: str, home: Path) -> None:
     """Meet once both are there, so that the time to start counts for nothing."""
     launch = launched()
-    (home / f"{launch.rank}.here").touch()
-    while not (home / f"{1 - launch.rank}.here").exists():
-        time.sleep(0.01)
+
+    def both(what: str) -> None:
+        (home / f"{launch.rank}.{what}").touch()
+        while not (home / f"{1 - launch.rank}.{what}").exists():
+            time.sleep(0.01)
+
+    both("here")
     processes = join(launch, "gloo", TIMEOUT)
+    both("joined")  # one that died before would keep the other one from joining
     found = {"together": together, "frozen": frozen, "dead": dead}[scenario](processes)
     (home / f"{launch.rank}.json").write_text(json.dumps(found))
     # As a command that fails, none parts from the others in good form.

@@ -114,7 +114,7 @@ def test_what_says_the_same_is_no_conflict(tmp_path: Path) -> None:
         ({"gradient_clipping": 0.3}, "gradient_clipping 0.3, max_grad_norm 1.0"),
         ({"bf16": {"enabled": False}}, "bf16.enabled false, dtype bfloat16"),
         ({"fp16": {"enabled": True}}, "fp16.enabled true, dtype bfloat16"),
-        ({"optimizer": {"type": "Lamb"}}, "optimizer.type Lamb, the recipe's AdamW"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type Lamb, optimizer adamw"),
         (
             {"optimizer": {"params": {"lr": 3e-4}}},
             "optimizer.params.lr 0.0003, learning_rate 0.0001",
@@ -130,6 +130,7 @@ def test_what_says_the_same_is_no_conflict(tmp_path: Path) -> None:
             "scheduler.params.total_num_steps 500, max_steps 1000",
         ),
         ({"scheduler": {"params": {"warmup_min_lr": 1e-6}}}, "warmup_min_lr 1e-06, warm-up from 0"),
+        ({"scheduler": {"params": {"cos_min_ratio": 0.1}}}, "cos_min_ratio 0.1, min_lr_ratio 0.0"),
     ],
 )
 def test_conflicts_name_both_values(tmp_path: Path, change: dict[str, Any], both: str) -> None:

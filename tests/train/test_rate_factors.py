@@ -48,7 +48,7 @@ def test_a_ratio_is_that_of_pefts_lora_plus() -> None:
     assert {("lora_B" in name, factor) for name, factor in factors.items()} == {
         (True, 8.0), (False, 1.0),
     }  # fmt: skip
-    optimizer = make_optimizer(trainable_parameters(ours).values(), settings(), CPU)
+    optimizer = make_optimizer(trainable_parameters(ours), settings(), CPU)
     set_rate(optimizer, 5e-3)
     steps(optimizer, ours)
     peer = create_loraplus_optimizer(
@@ -64,12 +64,12 @@ def test_the_state_of_groups_is_saved_and_loaded_by_name() -> None:
     parameters = {name: torch.nn.Parameter(torch.ones(n)) for n, name in enumerate("abcd", 1)}
     for name in "ac":  # so that the order of groups is not that of the names
         set_rate_factor(parameters[name], 2.0)
-    optimizer = make_optimizer(parameters.values(), settings(), CPU)
+    optimizer = make_optimizer(parameters, settings(), CPU)
     for number, parameter in enumerate(parameters.values()):
         parameter.grad = torch.full_like(parameter, number + 1.0)
     optimizer.step()
     saved = state_of(optimizer, parameters)
-    fresh = make_optimizer(parameters.values(), settings(), CPU)
+    fresh = make_optimizer(parameters, settings(), CPU)
     load_state(fresh, parameters, saved)
     again = state_of(fresh, parameters)
     assert again.keys() == saved.keys()

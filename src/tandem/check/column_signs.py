@@ -14,7 +14,7 @@ from tandem.check.unread_keys import UnreadKeys
 from tandem.data.formats.format import Format, Kind, texts_in
 from tandem.data.formats.known_formats import FORMATS, format_with
 from tandem.data.formats.turns import known_role, read_keys
-from tandem.data.records import Conversation, PreferencePair
+from tandem.data.records import Conversation, Preference
 from tandem.data.sources.chunks import BadLine, Names, Row, led_into
 
 SWAPPED_SCORE = Sign(
@@ -133,10 +133,10 @@ class Columns:
         if not known_format.joins:
             self._note(fields.values(), known_format, led)
 
-        def signs(record: Conversation | PreferencePair) -> Iterator[tuple[Sign, str]]:
+        def signs(record: Conversation | Preference) -> Iterator[tuple[Sign, str]]:
             row = fields[record.origin.row]
             yield from self._signs(row, known_format, led, record)
-            if isinstance(record, PreferencePair):
+            if isinstance(record, Preference):
                 yield from column_signs(row, record, sides)
 
         return signs
@@ -174,7 +174,7 @@ class Columns:
                 self._keys.add(f"{column}[].{key}")
 
     def _signs(
-        self, fields: Fields, known: Format, led: Set[str], record: Conversation | PreferencePair
+        self, fields: Fields, known: Format, led: Set[str], record: Conversation | Preference
     ) -> Iterator[tuple[Sign, str]]:
         """Yield signs, with a text, that other columns of a row should have been read."""
         layout = self._layout(fields, known, led)
@@ -222,7 +222,7 @@ def _says(value: object, name: str) -> bool | None:
     return {"1": True, "1.0": True, "yes": True, "0": False, "0.0": False, "no": False}.get(text)
 
 
-def _lost(column: str, value: object, record: Conversation | PreferencePair) -> str | None:
+def _lost(column: str, value: object, record: Conversation | Preference) -> str | None:
     """Return the longest text of a column that is nowhere in the record; None without one."""
     if value is None or isinstance(value, bool | int | float):
         return None
@@ -260,7 +260,7 @@ def _shown(value: object) -> str:
 
 
 def column_signs(
-    fields: Mapping[str, object], pair: PreferencePair, sides: Sides
+    fields: Mapping[str, object], pair: Preference, sides: Sides
 ) -> Iterator[tuple[Sign, str]]:
     """Yield signs in a pair's other columns that it is swapped or a tie, with their content."""
     columns = column_words.side_columns(tuple(fields), sides)
@@ -301,7 +301,7 @@ def _scores(one: tuple[str, str, float, float, bool]) -> str:
 
 
 def _named(
-    fields: Mapping[str, object], pair: PreferencePair, sides: Sides, columns: SideColumns
+    fields: Mapping[str, object], pair: Preference, sides: Sides, columns: SideColumns
 ) -> str | None:
     """Return a column and its value that prefer the rejected answer, if there is one."""
     rejected = pair.rejected.strip()

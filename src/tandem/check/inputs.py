@@ -25,9 +25,10 @@ from tandem.data.truncation.limits import Limits
 from tandem.errors import UserError
 from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.data_source import DataSource
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.flags import named_data
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings
+from tandem.recipe.training_settings import SftSettings, TrainingSettings
 from tandem.recipe.unmeant import unmeant
 from tandem.storage.run_folder import made_pairs, stage_folder
 
@@ -142,7 +143,7 @@ def stage_data(
     return CheckTarget(
         stage,
         tuple(sources),
-        options_of(KINDS[stage], settings),
+        options_of(KINDS[stage] if settings is None else settings.trains_on, settings),
         _setting(stage, settings, "max_dropped"),
         validation=tuple(held_out),
         limited=settings is not None,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tandem.check.findings import Sign, Tally
 from tandem.check.text_signs import TextSigns
-from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
+from tandem.data.records import REASONING, Conversation, Preference, Turn
 from tandem.data.text.contamination import prompt_digest
 from tandem.data.text.text_traits import language_of, refuses, refuses_only
 
@@ -98,7 +98,7 @@ def answer_signs(answer: str, question: str) -> Iterator[tuple[Sign, int]]:
         yield REPEATS, 0
 
 
-def pair_signs(pair: PreferencePair) -> Iterator[tuple[Sign, str]]:
+def pair_signs(pair: Preference) -> Iterator[tuple[Sign, str]]:
     """Yield signs, with a text, in a pair's own texts that it is swapped, or hardly a pair."""
     chosen, rejected = pair.chosen, pair.rejected
     if abs(len(chosen) - len(rejected)) < 40 and _words(chosen) == _words(rejected):
@@ -113,7 +113,7 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-Record = Conversation | PreferencePair
+Record = Conversation | Preference
 _LONG_ANSWER = 40  # shorter answers ("Yes.") may well be the same
 # Yields the signs in the other columns of a record's row, each with a text.
 Beside = Callable[[Record], Iterable[tuple[Sign, str]]]
@@ -141,7 +141,7 @@ def texts_of(record: Record) -> list[tuple[str, str]]:
     if isinstance(record, Conversation):
         return [text for turn in record.turns for text in _texts_of_turn(turn)]
     prompt = [text for turn in record.prompt for text in _texts_of_turn(turn)]
-    return [*prompt, ("chosen", record.chosen), ("rejected", record.rejected)]
+    return [*prompt, *record.named]
 
 
 def _texts_of_turn(turn: Turn) -> list[tuple[str, str]]:
@@ -157,7 +157,7 @@ def _texts_of_turn(turn: Turn) -> list[tuple[str, str]]:
 
 def prompt_of(record: Record) -> tuple[Turn, ...]:
     """Return the turns before a record's first answer, or before both answers of a pair."""
-    if isinstance(record, PreferencePair):
+    if isinstance(record, Preference):
         return record.prompt
     first = next(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
     return record.turns[:first]
@@ -170,7 +170,7 @@ def question_of(record: Record) -> str:
 
 def answer_of(record: Record) -> str:
     """Return a record's last answer, or the chosen one of a pair."""
-    return record.chosen if isinstance(record, PreferencePair) else record.turns[-1].content
+    return record.chosen if isinstance(record, Preference) else record.turns[-1].content
 
 
 def body_of(record: Record) -> str:
@@ -184,8 +184,8 @@ def digests_of(record: Record) -> tuple[int, int, int, int]:
     The fourth is of that answer's text alone, 0 for a short one.
     """
     prompt = "\0".join((record.tools, *map(_spelt, prompt_of(record))))
-    if isinstance(record, PreferencePair):
-        whole = "\0".join((prompt, *sorted((record.chosen, record.rejected))))
+    if isinstance(record, Preference):
+        whole = "\0".join((prompt, *sorted(record.answers)))
         own = record.chosen
     else:
         whole = "\0".join((record.tools, *map(_spelt, record.turns)))
@@ -212,7 +212,7 @@ def look_at(
             all_texts.append(text)
             owners.append(record)
         turns = record.turns if isinstance(record, Conversation) else record.prompt
-        count = len(turns) + isinstance(record, PreferencePair)  # a pair's answer is a turn, too
+        count = len(turns) + isinstance(record, Preference)  # a pair's answer is a turn, too
         roles.turns[count] += 1
         for sign, text, at in _of_one(record):
             tally.add(sign, record.origin, text, at)
@@ -228,7 +228,7 @@ def look_at(
 
 def _of_one(record: Record) -> Iterator[tuple[Sign, str, int]]:
     """Yield signs of a record's trained answers, or of a pair and its chosen answer."""
-    if isinstance(record, PreferencePair):
+    if isinstance(record, Preference):
         yield from ((sign, text, 0) for sign, text in pair_signs(record))
         answers = [(record.chosen, question_of(record))]
     else:
@@ -244,7 +244,7 @@ def _of_one(record: Record) -> Iterator[tuple[Sign, str, int]]:
 
 def answers_of(record: Record) -> int:
     """Count the answers of a record that are inspected: trained ones, or a pair's chosen one."""
-    if isinstance(record, PreferencePair):
+    if isinstance(record, Preference):
         return 1
     return sum(turn.role == "assistant" and turn.trained for turn in record.turns)
 
@@ -259,7 +259,7 @@ def character_lengths(records: Sequence[Record]) -> dict[str, NDArray[np.int32]]
     """Return the lengths of records in characters: whole (the longer path), prompt and answers."""
     parts: dict[str, list[int]] = {}
     for record in records:
-        if isinstance(record, PreferencePair):
+        if isinstance(record, Preference):
             prompt = sum(map(_length, record.prompt))
             answers = {"chosen": len(record.chosen), "rejected": len(record.rejected)}
             lengths = {"whole": prompt + max(answers.values()), "prompt": prompt, **answers}

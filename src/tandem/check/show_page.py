@@ -14,7 +14,7 @@ from tandem.check.findings import visible as escaped
 from tandem.check.inputs import StageChat, require_context
 from tandem.check.show_record import Encodings, Place, TokenSection, TokenUse
 from tandem.check.survey_result import CheckTarget
-from tandem.data.records import REASONING, Conversation, PreferencePair, Turn
+from tandem.data.records import REASONING, Conversation, Preference, Turn
 from tandem.runtime.console import notice_console
 
 # Two shades each, in turn, to separate tokens; of the 16 colours that every terminal has.
@@ -39,18 +39,21 @@ def visible(text: str) -> str:
     return "".join(_SHOWN[c] if c in _SHOWN else escaped(c) for c in text)
 
 
-def print_turns(console: Console, record: Conversation | PreferencePair) -> None:
+def print_turns(console: Console, record: Conversation | Preference) -> None:
     """Print a record's texts, tools, calls and reasoning under their roles."""
     if record.tools:
         _print_text(console, "tools", record.tools)
     if isinstance(record, Conversation):
+        labels = {None: "", True: " (good)", False: " (bad)"}
         for turn in record.turns:
-            _print_turn(console, turn, "" if turn.trained else " (weight 0)")
+            note = labels[record.good] if turn is record.turns[-1] else ""
+            _print_turn(console, turn, note if turn.trained else " (weight 0)")
         return
     for turn in record.prompt:
         _print_turn(console, turn)
-    for name, text in (("chosen", record.chosen), ("rejected", record.rejected)):
-        _print_text(console, name, text)
+    for number, (name, text) in enumerate(record.named):
+        score = f" (score {record.scores[number]:g})" if record.scores else ""
+        _print_text(console, f"{name}{score}", text)
 
 
 def _print_turn(console: Console, turn: Turn, note: str = "") -> None:
@@ -112,7 +115,7 @@ def print_encodings(console: Console, found: Encodings, *, ids: bool) -> None:
     """
     sections = [section for example in found.examples for section in example]
     parts = {token.part for section in sections for token in section.tokens}
-    every = "both" if found.kind == "preference pairs" else "all"
+    every = "both" if any(section.name == "chosen" for section in sections) else "all"
     # A dumb terminal, or one with NO_COLOR, has no colours.
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     for line in _legend([part for part in _STYLES if part in parts], every, coloured):

@@ -183,7 +183,7 @@ def encode_row(chat: ChatTokenizer, options: EncodingOptions, place: Place) -> E
 def _sections(
     example: Example, kind: Kind, decode: Callable[[list[int]], str]
 ) -> tuple[TokenSection, ...]:
-    if kind == "preference pairs":
+    if kind == "preference pairs" and len(example.branches) == 2:
         names = ["chosen", "rejected"]
     elif len(example.branches) == 1:
         names = ["record"]

@@ -136,7 +136,8 @@ def _paths(example: Example, kind: Kind) -> tuple[int, ...]:
     before = np.count_nonzero(example.prefix.trained)
     paths = [shared + len(branch.input_ids) for branch in example.branches]
     trained = [before + np.count_nonzero(branch.trained) for branch in example.branches]
-    answers = trained if kind == "preference pairs" else [sum(trained)]
+    # Of a whole row, the best answer and the worst one.
+    answers = [trained[0], trained[-1]] if kind == "preference pairs" else [sum(trained)]
     return max(paths), paths[0] - trained[0], *answers
 
 

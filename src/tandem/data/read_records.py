@@ -15,7 +15,7 @@ from tandem.data.formats.known_formats import describe_formats, detect, format_c
 from tandem.data.formats.turns import check_text_alone, known_role, tools_in
 from tandem.data.formats.unpaired import joined
 from tandem.data.ledger import Entry, Ledger
-from tandem.data.records import Conversation, PreferencePair
+from tandem.data.records import Conversation, Preference
 from tandem.data.sources.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
 from tandem.data.sources.rows import read_chunks, read_rows
 from tandem.errors import UserError
@@ -41,10 +41,10 @@ def read_conversations(
 
 def read_pairs(
     sources: Sequence[DataSource], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
-) -> Iterator[PreferencePair]:
+) -> Iterator[Preference]:
     """Stream the usable preference pairs of some sources; the others go to the ledger."""
     for record in _read(sources, "preference pairs", ledger, on_bad_record):
-        assert isinstance(record, PreferencePair)
+        assert isinstance(record, Preference)
         yield record
 
 

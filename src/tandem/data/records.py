@@ -68,28 +68,51 @@ class Turn:
 class Conversation:
     """An instruction record: turns that end with an assistant's.
 
-    `tools` is a JSON list of the functions that the assistant may call, or empty.
+    `tools` is a JSON list of the functions that the assistant may call, or empty. `good` says
+    whether the last answer is a good one, where that is what is learnt.
     """
 
     turns: tuple[Turn, ...]
     origin: Origin
     tools: str = ""
+    good: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class PreferencePair:
-    """A preference record: one prompt, the preferred answer and the other one."""
+class Preference:
+    """A preference record: one prompt, and two or more answers, the best one first.
+
+    `scores` say how good each answer is; they are empty for a pair.
+    """
 
     prompt: tuple[Turn, ...]
-    chosen: str
-    rejected: str
+    answers: tuple[str, ...]
     origin: Origin
     tools: str = ""
+    scores: tuple[float, ...] = ()
+
+    @property
+    def chosen(self) -> str:
+        """The best answer."""
+        return self.answers[0]
+
+    @property
+    def rejected(self) -> str:
+        """The worst answer."""
+        return self.answers[-1]
+
+    @property
+    def named(self) -> list[tuple[str, str]]:
+        """The answers with their names: chosen and rejected of a pair, else their numbers."""
+        names = ["chosen", "rejected"]
+        if len(self.answers) > 2:
+            names = [f"answer {number}" for number in range(1, len(self.answers) + 1)]
+        return list(zip(names, self.answers, strict=True))
 
 
-def prompt_key(record: Conversation | PreferencePair) -> int:
+def prompt_key(record: Conversation | Preference) -> int:
     """Return a 64-bit hash of a record's uncut prompt: all before the first trained answer."""
-    if isinstance(record, PreferencePair):
+    if isinstance(record, Preference):
         turns = record.prompt
     else:
         answers = (i for i, t in enumerate(record.turns) if t.role == "assistant" and t.trained)

@@ -40,7 +40,7 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log, phase
 from tandem.runtime.device import Device
-from tandem.train.losses.objectives import sequence_tokens, trained_tokens
+from tandem.train.objectives.objective import sequence_tokens, trained_tokens
 from tandem.train.token_budget import token_budget
 
 _NO_LIMIT = 2**31

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tandem.runtime.device import Device
     from tandem.runtime.process_group import ProcessGroup
     from tandem.train.engines.engine import Engine
+    from tandem.train.optimizers import Pieces
 
 # `auto` takes the first of these that is available.
 _AUTO = ("hpu", "cuda", "xpu", "mps", "cpu")
@@ -134,6 +135,13 @@ def _unavailable_reason(kind: str, hpu: HpuSettings | None) -> str | None:
     bridge.load_bridge(lazy=None if hpu is None else hpu.lazy_mode)
     there = hasattr(torch, "hpu") and torch.hpu.is_available()
     return None if there else "the bridge sees no Gaudi card here"
+
+
+def pieces_of(engine: str) -> Pieces:
+    """What the optimizer of a recipe's engine holds of each parameter, without loading it."""
+    if engine == "fsdp2":
+        return "shards"
+    return "whole" if engine in ("auto", "single", "ddp") else "flat"
 
 
 def choose_engine(

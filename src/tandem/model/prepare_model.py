@@ -18,7 +18,8 @@ from tandem.model.attention.select import is_padded, use_backend
 from tandem.model.cpu.onednn_linear import order_weights, speed_up_frozen_products
 from tandem.model.cpu.stored_weights import is_stored, keep_stored, widen
 from tandem.model.elementwise import compile_elementwise, fuse_elementwise
-from tandem.model.logprobs.output_head import order_head, skip_unread_rows
+from tandem.model.logprobs.last_layer import skip_unread_rows
+from tandem.model.logprobs.output_head import order_head
 from tandem.model.logprobs.sequence_logps import check_head
 from tandem.model.lora.adapted import fuse_low_rank
 from tandem.model.lora.adapter import added_ids_of_folder, wrap_with_saved

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from tandem.model.unwrap import plain_model
+
 Log = Callable[[str], None]
 
 
@@ -41,8 +43,19 @@ class TrainedWeights(Protocol):
         """
         ...
 
+    def finish(self, folder: Path) -> None:
+        """Turn what `save` wrote into what a finished stage leaves, without its tokenizer."""
+        ...
+
     def load(self, model: Any, folder: Path) -> None:
-        """Put the trained weights back to what `save` wrote, bit for bit."""
+        """Put the trained weights back to what `save` wrote, bit for bit; but for `late` ones."""
+        ...
+
+    def late(self, folder: Path) -> dict[str, Tensor]:
+        """The weights that `save` wrote and the engine puts back, once the reference is known.
+
+        By the names of `trainable_parameters`.
+        """
         ...
 
     def reference(self, model: Any) -> AbstractContextManager[None] | None:
@@ -58,6 +71,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def hidden_matrices(model: Any) -> frozenset[str]:
+    """The names of those of `trainable_parameters` that are matrices between layers.
+
+    Not those of the input embeddings or the output head, whose rows are tokens.
+    """
+    ends = (plain_model(model).get_input_embeddings(), plain_model(model).get_output_embeddings())
+    of_tokens = {id(p) for end in ends if end is not None for p in end.parameters()}
+    parameters = trainable_parameters(model).items()
+    return frozenset(n for n, p in parameters if p.dim() == 2 and id(p) not in of_tokens)
+
+
 def set_rate_factor(parameter: Any, factor: float) -> None:
     """Let a trained parameter learn at so many times the learning rate, in every optimizer."""
     parameter.rate_factor = factor
@@ -70,6 +94,17 @@ def rate_factor(parameter: Tensor) -> float:
 
 
 def keep_rate_factors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    """Give parameters the factors of those that they replaced, by name."""
+    """Give parameters the factors of those that they replaced, by name, and whether they decay."""
     for name, parameter in after.items():
         set_rate_factor(parameter, rate_factor(before[name]))
+        set_decay(parameter, decays(before[name]))
+
+
+def set_decay(parameter: Any, decays: bool) -> None:
+    """Say whether an optimizer's weight decay acts on a parameter."""
+    parameter.decays = decays
+
+
+def decays(parameter: Tensor) -> bool:
+    """What `set_decay` said; true otherwise."""
+    return bool(getattr(parameter, "decays", True))

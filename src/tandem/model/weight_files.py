@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from tandem.errors import UserError
@@ -94,6 +95,13 @@ def opened(path: Path, framework: Literal["pt", "np"] = "pt") -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}. Copy or download it again.") from None
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The number format that a model's weights are stored in."""
+    with opened(weight_files(folder)[0]) as file:
+        dtypes = {file.get_tensor(name).dtype for name in list(file.keys())[:8]}
+    return next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), torch.float32)
 
 
 def read_headers(folder: Path) -> dict[str, Header]:

@@ -53,6 +53,8 @@ class EstimateRun(Callback):
         if self._estimate is None:
             return
         summary["estimate"] = compare(self._estimate, summary)
+        if run.state.step < run.total_steps:
+            return  # ended early: its time is not that of the estimated work
         try:
             remember_run(self._estimate, summary["estimate"], summary)
         except OSError as error:

@@ -54,11 +54,12 @@ def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozense
 
     Raises UserError for local data that is not there, rows of a later stage that would stop it, a
     folder that is no model, lengths beyond the base model's context, adapters on layers that it
-    does not have, and what `check_tokens` raises.
+    does not have, optimizers that do not fit the engine, and what `check_tokens` raises.
     """
     sections = {"sft", "pairs", "dpo", "evaluate"}
     check_paths(recipe.model_copy(update=dict.fromkeys(sections - wanted)))
     asked = recipe.model_copy(update=dict.fromkeys(sections - (wanted - finished)))
+    _check_optimizers(asked)
     _check_rows(asked)
     _check_trained(asked, begins=recipe.sft or recipe.dpo)
     # A training stage that comes first encodes its own data before anything else.
@@ -156,7 +157,7 @@ def _encoded(recipe: Recipe) -> Iterator[tuple[Kind, Sequence[DataSource]]]:
     if recipe.sft is not None:
         yield "conversations", recipe.sft.data
     if recipe.dpo is not None:
-        yield "preference pairs", recipe.dpo.data
+        yield recipe.dpo.trains_on, recipe.dpo.data
     if recipe.evaluate is not None:
         yield "preference pairs", recipe.evaluate.pairs
         yield "conversations", recipe.evaluate.heldout
@@ -187,6 +188,17 @@ def _check_tasks(settings: EvaluationSettings) -> None:
         from tandem.integrations.chat_server import ChatServer
 
         ChatServer(settings.judge)
+
+
+def _check_optimizers(asked: Recipe) -> None:
+    """Raise UserError for an optimizer that a later stage could not use."""
+    named = {section.optimizer for section in (asked.sft, asked.dpo) if section is not None}
+    if named - {"adamw"}:  # which works everywhere
+        from tandem.integrations.choose import device_of, pieces_of
+        from tandem.train.optimizers import check_optimizer
+
+        for name in sorted(named):
+            check_optimizer(name, pieces_of(asked.engine), asked.engine, device_of(asked))
 
 
 def _local(sources: Sequence[DataSource]) -> list[DataSource]:

@@ -32,6 +32,7 @@ class ModelShape:
 
     parameters: int  # of the base, tied ones once
     trained: int  # of the adapter
+    edges: int  # rows and columns of its matrices, added up
     # multiplications of a token in the decoder's frozen linear layers; of a mixture's experts those
     # that a token reaches
     linear: int
@@ -118,12 +119,13 @@ def shape_of(model: Any) -> ModelShape:
             linear += reached
             in_linear += size
             plain += size if isinstance(module, nn.Linear) else 0
-    parameters = trained = decomposed = 0
+    parameters = trained = edges = decomposed = 0
     layers: Counter[str] = Counter()
     for name, parameter in base.named_parameters():
         size = _numbers(parameter)
         if parameter.requires_grad:
             trained += size
+            edges += sum(parameter.shape) if parameter.dim() == 2 else 0
             decomposed += size if "lora_magnitude_vector" in name else 0
             continue
         if ".lora_" in name or ".modules_to_save." in name:
@@ -136,6 +138,7 @@ def shape_of(model: Any) -> ModelShape:
     return ModelShape(
         parameters=parameters,
         trained=trained,
+        edges=edges,
         linear=round(linear),
         adapter=round(adapter),
         attention=_attention(text),

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tandem.data.formats.format import Kind
 from tandem.data.resolve_sources import held_out_of, resolve_sources
 from tandem.data.sources.rows import is_local, not_read
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import UserError
-from tandem.integrations.choose import choose_device
+from tandem.integrations.choose import choose_device, pieces_of
 from tandem.model.added_tokens import check_added
 from tandem.model.base_model import check_base, load_base_info
 from tandem.model.model_folder import model_folder
@@ -44,11 +43,11 @@ from tandem.stages.training.execution import copies_fit
 from tandem.stages.training.trainer_setup import saved_every
 from tandem.stages.training.training_data import StageReader, TrainingData
 from tandem.storage.run_folder import made_pairs, stage_folder
+from tandem.train.optimizers import OPTIMIZERS, check_optimizer
 from tandem.train.token_budget import token_budget
 
 # Assumed share of trained tokens in data that is not here.
 _ANSWERS = 0.5
-_KINDS: dict[str, Kind] = {"sft": "conversations", "dpo": "preference pairs"}
 
 
 @dataclass(frozen=True)
@@ -236,6 +235,7 @@ class _Planner:
         base = load_base_info(recipe, self.base, settings.max_length, weights=False)
         config, added = base.config, base.added
         notes, engine = list(data.notes), self._engine()
+        check_optimizer(settings.optimizer, pieces_of(engine), engine, device)
         if trains_added:
             tokens, sharded = {*added.new, *added.known}, "weights" in SHARDS[engine]
             check_added(tokens, engine=engine, sharded=sharded)
@@ -294,7 +294,7 @@ class _Planner:
     ) -> TrainingData:
         if data.held_out is None:
             settings = settings.model_copy(update={"validation": None})
-        reader = StageReader(stage.name, _KINDS[stage.name], settings, chat, None, self.console)
+        reader = StageReader(stage.name, settings.trains_on, settings, chat, None, self.console)
         return reader.read(data.sources, data.held_out or (), self.recipe.seed)
 
     def _engine(self) -> str:
@@ -312,9 +312,9 @@ class _Planner:
         dtype = self.recipe.merge.dtype
         stored = getattr(config, "dtype", None) or torch.float32
         merged = stored if dtype == "auto" else getattr(torch, dtype)
-        every, keep = saved_every(settings, work.steps), settings.save_total_limit
+        every = saved_every(settings, work.steps)
         return disk_of(
-            shape, steps=work.steps, save_steps=every, keep=keep, merged_bytes=merged.itemsize
+            shape, settings, steps=work.steps, save_steps=every, merged_bytes=merged.itemsize
         )
 
 
@@ -330,6 +330,8 @@ def _estimate(
     rate = recorded_rate(setup.rate_key(shape)) or product_rate(device)
     # The first is for a single process, the others for several.
     others = tuple(SHARDS)[1:] if processes > 1 else tuple(SHARDS)[:1]
+    possible = OPTIMIZERS[setup.settings.optimizer].pieces
+    others = tuple(one for one in others if pieces_of(one) in possible)
     engines = (setup.engine, *(one for one in others if spread or "weights" not in SHARDS[one]))
     use = setup.memory_use(work, copies)
     return setup.estimate(shape, work, copies, rate), {

@@ -14,11 +14,13 @@ from tandem.plan.model_shape import ModelShape, shape_of
 from tandem.plan.rate import FIGURES, Measured, Rate, RateKey, recorded_rate, remember
 from tandem.plan.workload import Operations, Pacing, Workload, count_operations, count_work
 from tandem.recipe.choices import SHARDS
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.device import Device
+from tandem.train.optimizers import AVERAGING, OPTIMIZERS
 from tandem.train.token_budget import activation_bytes, attention_weight
 
-# Adapters, their gradients and AdamW's moments are float32.
+# Adapters, their gradients and the optimizer's tensors are float32.
 _TRAINED_BYTES = 4
 # nf4 with its blocks' scales, which are quantised as well.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -38,6 +40,7 @@ class MemoryUse:
     activation_bytes: float  # what a token keeps for the backward, without checkpointing
     head_bytes: int  # a block of logits, see `model.logprobs.output_head`
     baseline: int  # what the process holds without a model (on CPU interpreter and libraries)
+    optimizer: str = "adamw"  # the recipe's name of it
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ class StageEstimate:
 def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) -> Memory:
     """What one process holds under an engine.
 
-    ZeRO-2 spreads gradients and moments over the processes; ZeRO-3 and FSDP2 spread the weights as
-    well, and gather a layer at a time.
+    ZeRO-2 spreads gradients and the optimizer's tensors over the processes; ZeRO-3 and FSDP2 spread
+    the weights as well, and gather a layer at a time.
     """
     sharded = "weights" in SHARDS[engine]
     frozen = float(shape.parameters * use.weight_bytes)
@@ -105,25 +108,41 @@ def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) ->
         weights=int(weights),
         adapter=trained // (processes if sharded else 1) + shape.kept * _TRAINED_BYTES,
         gradients=trained // share,
-        optimizer=2 * trained // share,
+        optimizer=int(state_bytes(shape, use.optimizer)) // share,
         activations=int(use.tokens * per_token),
         head=use.head_bytes * _HEAD_BLOCKS + use.tokens * shape.hidden * (4 + use.weight_bytes),
         baseline=use.baseline,
     )
 
 
+def state_bytes(shape: ModelShape, optimizer: str) -> float:
+    """What an optimizer keeps for all that is trained."""
+    spec = OPTIMIZERS[optimizer]
+    edges = shape.edges if spec.factored else 0
+    return (spec.state_tensors * shape.trained + edges) * _TRAINED_BYTES
+
+
 def disk_of(
-    shape: ModelShape, *, steps: int, save_steps: int, keep: int | None, merged_bytes: int
+    shape: ModelShape,
+    settings: TrainingSettings,
+    *,
+    steps: int,
+    save_steps: int,
+    merged_bytes: int,
 ) -> Disk:
     """What a stage and its merge leave on disk; `merged_bytes` of a weight of the merged model.
 
-    A checkpoint is written every `save_steps` and at the end; `keep` of them stay, None for all.
+    A checkpoint is written every `save_steps` and at the end; `save_total_limit` of them stay.
     """
+    keep = settings.save_total_limit
     trained = shape.trained * _TRAINED_BYTES
     adapter = trained + shape.kept * _TRAINED_BYTES
     kept = -(-steps // save_steps)
     kept = kept if keep is None else min(kept, keep)
-    return Disk(adapter, kept * (adapter + 2 * trained), kept, shape.parameters * merged_bytes)
+    # An adapter that is an average stands beside the weights that move.
+    beside = adapter if settings.optimizer in AVERAGING else 0
+    checkpoint = adapter + beside + int(state_bytes(shape, settings.optimizer))
+    return Disk(adapter, kept * checkpoint, kept, shape.parameters * merged_bytes)
 
 
 @dataclass(frozen=True)
@@ -163,6 +182,7 @@ class StageSetup:
             activation_bytes=activation_bytes(self.config) * width / 4,
             head_bytes=min(block_bytes(self.device.kind), work.largest * vocabulary * 4),
             baseline=self.baseline,
+            optimizer=self.settings.optimizer,
         )
 
     def rate_key(self, shape: ModelShape) -> RateKey:
@@ -177,9 +197,8 @@ class StageSetup:
     ) -> StageEstimate:
         """The estimates that follow from the model's shape and the work."""
         again = self.settings.gradient_checkpointing
-        operations = count_operations(
-            shape, work, reference=self.name == "dpo", checkpointing=again
-        )
+        reference = isinstance(self.settings, DpoSettings) and self.settings.needs_reference
+        operations = count_operations(shape, work, reference=reference, checkpointing=again)
         memory = memory_of(shape, self.memory_use(work, copies), self.engine, self.processes)
         seconds = reference_seconds = None
         if rate is not None:

@@ -16,15 +16,22 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionName = Literal["auto", "segments", "varlen", "dense", "padded"]
 EngineName = Literal["auto", "single", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2"]
 Quantization = Literal["nf4"]
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+OptimizerName = Literal[
+    "adamw", "adamw_8bit", "adafactor", "lion", "muon", "schedule_free_adamw"
+]  # fmt: skip
+Scheduler = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "wsd", "polynomial"
+]  # fmt: skip
 
 LoraInit = Literal["zero", "pissa", "pissa_fast"]
 
+RecordKind = Literal["conversations", "preference pairs", "labelled answers"]
 Role = Literal["system", "user", "assistant", "tool"]
-Completions = Literal["best_vs_worst", "best_vs_rest"]
+Completions = Literal["best_vs_worst", "best_vs_rest", "all_pairs", "best_vs_all", "ranked"]
 TooLong = Literal["drop", "keep_start", "keep_end", "drop_old_turns"]
 OnBadRecord = Literal["stop", "drop"]
 LossOn = Literal["answers", "text"]
+SftLoss = Literal["nll", "dft"]
 KeptAdapter = Literal["last", "best"]
 BestMetric = Literal["loss", "accuracy", "margin"]
 

@@ -35,7 +35,9 @@ class DataSource(Section):
     )
     completions: Completions | None = Field(
         default=None,
-        description="Which pairs scored answers make (UltraFeedback); null: `best_vs_worst`.",
+        description="What scored answers to one prompt make; null: `best_vs_worst`. With "
+        "`all_pairs`, `best_vs_all` and `ranked` a row is one record, whose prompt is computed "
+        "once.",
     )
     weight: PositiveFloat = Field(
         default=1.0,

@@ -10,10 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.explain_errors import submodel
 from tandem.recipe.load_recipe import recipe_names
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import DpoSettings, SftSettings
+from tandem.recipe.training_settings import SftSettings
 
 _PLAIN = {"string": "text", "boolean": "true, false", "null": "null"}
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
@@ -70,7 +71,7 @@ def _section(title: str, model: type[BaseModel], titles: Mapping[str, str]) -> I
     yield " ".join((model.__doc__ or "").split()) + "\n"
     shared: dict[str, Any] = {}
     if issubclass(model, DpoSettings):
-        yield "It has all keys of [sft](#sft), and these that differ:\n"
+        yield "It has the keys of [sft](#sft), except `loss_on`, and these that differ:\n"
         shared = SftSettings.model_json_schema()["properties"]
     yield "| key | value | default | meaning |"
     yield "| --- | --- | --- | --- |"

@@ -9,10 +9,11 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from tandem.errors import UserError
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import RunSettings
-from tandem.recipe.training_settings import DpoSettings, MergeSettings, SftSettings
+from tandem.recipe.training_settings import MergeSettings, SftSettings
 from tandem.storage.run_folder import STAGES, StageName, stage_folder
 
 

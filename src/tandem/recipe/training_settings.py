@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from tandem.recipe import choices
 from tandem.recipe.data_source import Sources, Unweighted
 from tandem.recipe.lora_settings import LoraSettings as LoraSettings
+from tandem.recipe.method_options import in_words, without_effect
 from tandem.recipe.section import Positive, Section
 
 
@@ -41,11 +50,24 @@ class ValidationSettings(Section):
         return self
 
 
+class EarlyStoppingSettings(Section):
+    """Ends a stage, as a finished one, when held-out scores after its steps no longer improve."""
+
+    metric: choices.BestMetric = Field(
+        default="loss",
+        description="The held-out score that counts: loss, reward accuracy or margin; SFT has the "
+        "loss.",
+    )
+    patience: Positive = Field(
+        default=3, description="So many scores in a row without an improvement end the stage."
+    )
+    min_delta: NonNegativeFloat = Field(
+        default=0.0, description="An improvement is more than this difference."
+    )
+
+
 class TrainingSettings(Section):
     """What both training stages share. `batch_size` is global: examples per optimizer step."""
-
-    # No key of a recipe yet: see `train.optimizers.OPTIMIZERS`.
-    optimizer: ClassVar[str] = "adamw"
 
     data: Sources = Field(
         min_length=1,
@@ -62,9 +84,27 @@ class TrainingSettings(Section):
     max_steps: Positive | None = Field(
         default=None, description="Optimizer steps, in place of `epochs`."
     )
+    optimizer: choices.OptimizerName = Field(
+        default="adamw",
+        description="What moves the weights. `adamw_8bit` (bitsandbytes) and `adafactor` keep less "
+        "for each weight, `lion` and `muon` half of AdamW's; `schedule_free_adamw` needs no "
+        "falling rate.",
+    )
     learning_rate: PositiveFloat = Field(description="The peak learning rate.")
     lr_scheduler: choices.Scheduler = Field(
-        default="cosine", description="How the learning rate falls after warm-up."
+        default="cosine",
+        description="How the learning rate falls after warm-up. `wsd` keeps the peak and falls at "
+        "the end, by 1 minus the square root of the fall's share that is done.",
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="Share of the peak that the learning rate falls to; not with constant ones.",
+    )
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1, description="Share of all steps in which `wsd` falls, at the end."
+    )
+    lr_power: PositiveFloat = Field(
+        default=1.0, description="Power of the remaining share of steps that `polynomial` follows."
     )
     warmup_steps: NonNegativeInt | None = Field(
         default=None, description="Steps of linear warm-up."
@@ -72,9 +112,7 @@ class TrainingSettings(Section):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="Warm-up as a share of all steps, in place of `warmup_steps`."
     )
-    weight_decay: NonNegativeFloat = Field(
-        default=0.0, description="AdamW's decoupled weight decay."
-    )
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="Decoupled weight decay.")
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.9, description="Decay of AdamW's first moment."
     )
@@ -82,8 +120,21 @@ class TrainingSettings(Section):
         default=0.999, description="Decay of AdamW's second moment."
     )
     adam_epsilon: PositiveFloat = Field(default=1e-8, description="AdamW's denominator term.")
+    lion_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="Share of the momentum in the direction of `lion`'s step."
+    )
+    lion_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.99, description="Decay of `lion`'s momentum."
+    )
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.95, description="Decay of `muon`'s momentum."
+    )
     max_grad_norm: PositiveFloat | None = Field(
         default=1.0, description="Gradients are clipped to this norm; null: they are not."
+    )
+    full: bool = Field(
+        default=False,
+        description="Train all weights instead of an adapter; the stage leaves a whole model.",
     )
     lora: LoraSettings = Field(default=LoraSettings(), description="The adapter that is trained.")
     max_length: Positive = Field(
@@ -129,16 +180,29 @@ class TrainingSettings(Section):
         default="loss",
         description="What decides under `keep: best`: held-out loss, reward accuracy or margin.",
     )
+    early_stopping: EarlyStoppingSettings | None = Field(
+        default=None,
+        description="Ends the stage when held-out scores no longer improve; null: never.",
+    )
     on_bad_record: choices.OnBadRecord = Field(
         default="stop",
         description="At a line that cannot be parsed, stop the run, or drop the line and note it "
         "in the ledger.",
     )
 
+    @property
+    def trains_on(self) -> choices.RecordKind:
+        """What the records are that it trains on."""
+        return "conversations"
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainingSettings:
         if self.keep == "best" and self.validation is None:
             raise ValueError("keep: best needs a validation section, which says what is scored")
+        if self.early_stopping is not None and self.validation is None:
+            raise ValueError(
+                "early_stopping needs a validation section, which says what is scored and how often"
+            )
         if self.keep == "last" and self.best_metric != "loss":
             raise ValueError(f"best_metric {self.best_metric} has no effect without keep: best")
         if self.epochs is not None and self.max_steps is not None:
@@ -152,6 +216,13 @@ class TrainingSettings(Section):
                 "a warm-up has no effect with lr_scheduler: constant; take constant_with_warmup, "
                 "or remove it"
             )
+        if self.lr_scheduler == "wsd" and (self.warmup_ratio or 0.0) + self.decay_ratio > 1:
+            raise ValueError(
+                f"warmup_ratio {self.warmup_ratio:g} and decay_ratio {self.decay_ratio:g} are more "
+                "than the whole run together; lower one of them"
+            )
+        if self.optimizer == "schedule_free_adamw":
+            self._without_a_schedule()
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length {self.max_prompt_length} leaves no room for an answer within "
@@ -159,10 +230,49 @@ class TrainingSettings(Section):
             )
         return self
 
+    def _without_a_schedule(self) -> None:
+        if self.lr_scheduler not in ("constant", "constant_with_warmup"):
+            raise ValueError(
+                f"optimizer: schedule_free_adamw takes the place of lr_scheduler: "
+                f"{self.lr_scheduler}; set lr_scheduler to constant or constant_with_warmup"
+            )
+        if not self.adam_beta1:
+            raise ValueError(
+                "adam_beta1 is 0, where optimizer: schedule_free_adamw would compute gradients at "
+                "weights that are not averaged at all; take adamw, or a larger one"
+            )
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> TrainingSettings:
+        idle = self.idle_options()
+        for key in type(self).model_fields:  # in the order of the page of all keys
+            if key in idle and key in self.model_fields_set:
+                raise ValueError(f"{key} has no effect with {idle[key]}")
+        return self
+
+    def idle_options(self) -> dict[str, str]:
+        """The settings that have no effect beside others, each with those and a way out."""
+        methods = without_effect(self.optimizer, self.lr_scheduler)
+        idle = {key: f"{in_words(method)}; remove it" for key, method in methods.items()}
+        if self.full:
+            idle["lora"] = "full: true, which trains all weights and no adapter; remove one of them"
+        return idle
+
+    @model_serializer(mode="wrap")
+    def _what_has_effect(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what has no effect: a recipe that was written whole can be read again."""
+        idle = self.idle_options()
+        return {key: value for key, value in handler(self).items() if key not in idle}
+
 
 class SftSettings(TrainingSettings):
     """Supervised fine-tuning; trains `epochs` (default 1) or `max_steps`."""
 
+    loss: choices.SftLoss = Field(
+        default="nll",
+        description="What a token costs: its negative log-likelihood, or that times its "
+        "probability (dft, arXiv 2508.05629).",
+    )
     loss_on: choices.LossOn = Field(
         default="answers",
         description="What is trained: the assistant's answers, or every token of the text.",
@@ -172,20 +282,14 @@ class SftSettings(TrainingSettings):
         default="loss", description="What decides under `keep: best`: held-out loss."
     )
 
-
-class DpoSettings(TrainingSettings):
-    """Direct Preference Optimization. `data` empty means: the pairs stage's output."""
-
-    # No key of a recipe yet: see `train.losses.registry`.
-    loss: ClassVar[str] = "sigmoid"
-
-    data: Sources = Field(
-        default=(), description="Preference pairs; empty: what the pairs stage makes."
-    )
-    learning_rate: PositiveFloat = Field(default=5e-6, description="The peak learning rate.")
-    beta: PositiveFloat = Field(
-        default=0.1, description="How strongly the policy is held to the reference."
-    )
+    @model_validator(mode="after")
+    def _scored_by_loss(self) -> SftSettings:
+        early = self.early_stopping
+        if early is not None and early.metric != "loss":
+            raise ValueError(
+                f"early_stopping.metric {early.metric} is of preference pairs; SFT has the loss"
+            )
+        return self
 
 
 class MergeSettings(Section):

@@ -7,7 +7,7 @@ the tutorial's recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import reduce
 from operator import getitem
@@ -18,13 +18,15 @@ from pydantic import BaseModel, ValidationError
 from tandem.errors import UserError
 from tandem.recipe import flags
 from tandem.recipe.choices import TrainingStageName
+from tandem.recipe.dpo_settings import DpoSettings, uses_beta
 from tandem.recipe.explain_errors import explain
 from tandem.recipe.flags import Flag, boolean, flag_of, flags_of_section
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.lora_settings import FIXED, LoraSettings
+from tandem.recipe.method_options import without_effect
 from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.section import expanded
-from tandem.recipe.training_settings import DpoSettings, SftSettings, TrainingSettings
+from tandem.recipe.training_settings import SftSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from tandem.recipe.yaml_lines import Location
@@ -88,6 +90,10 @@ _PATTERN_FLAGS = tuple(
          field=("settings", "lora", key), metavar=form)
     for key, (form, _) in _PATTERNS.items()
 )  # fmt: skip
+_LOSS = Flag(
+    "loss", str, "A loss by its name (docs/guide/losses.md), or several with their weights.",
+    many=True, field=("settings", "loss"), metavar="NAME[=WEIGHT]",
+)  # fmt: skip
 _GAUDI = (
     Flag("use_habana", boolean, "Train on Gaudi cards, where there are some."),
     flag_of(HpuSettings, "lazy_mode", "use_lazy_mode", at=("run", "hpu"),
@@ -109,13 +115,15 @@ def stage_flags(settings: type[TrainingSettings]) -> list[Flag]:
             section, names=_NAMES, helps=_HELP, without=_WITHOUT, at=at, prefix=prefix
         )
 
+    supervised = issubclass(settings, SftSettings)
     second_name = Flag("max_seq_length", int, "Another name of --max_length.")
     return [
         *made_from(RunSettings, "run"),
         *_DATA,
         *_BATCH_FLAGS,
-        *made_from(settings, "settings"),
-        *([second_name] if issubclass(settings, SftSettings) else []),
+        *(one for one in made_from(settings, "settings") if one.field != _LOSS.field or supervised),
+        *([] if supervised else [_LOSS]),
+        *([second_name] if supervised else []),
         *made_from(LoraSettings, "settings", "lora", prefix="lora_"),
         *_PATTERN_FLAGS,
         Flag("lora_all_linear", boolean, "Adapt every linear layer but the head."),
@@ -162,7 +170,11 @@ def job_from_flags(
     parts["batch_size"], batch_notice = _global_batch(stage, values, devices)
     _settle_duration(parts, values)
     _settle_warmup(parts, values)
-    _settle_lora(stage, parts["lora"], values)
+    _settle_methods(parts, values)
+    if parts.get("full"):
+        _without_lora(parts, present)
+    else:
+        _settle_lora(stage, parts["lora"], values)
     length_notice = _settle_lengths(parts, usual["max_prompt_length"], values)
     parts["max_grad_norm"] = parts.get("max_grad_norm", 1.0) or None
     run |= {"device": _device(values, cards), "dtype": _dtype(values)}
@@ -222,6 +234,32 @@ def _settle_warmup(settings: dict[str, Any], values: Values) -> None:
         warmup = {"warmup_steps": 0}
     if warmup:
         settings |= {"warmup_steps": None, "warmup_ratio": None, **warmup}
+
+
+def _settle_methods(settings: dict[str, Any], values: Values) -> None:
+    """Read the weights of losses; leave out what the tutorial sets and these methods do not use."""
+    losses = settings.get("loss")
+    if isinstance(losses, list):
+        if len(losses) == 1 and "=" not in losses[0]:
+            settings["loss"] = losses[0]
+        else:
+            example = "--loss sigmoid=1 sft=0.1"
+            settings["loss"] = flags.pairs_of("loss", losses, "NAME=WEIGHT", example)
+        if "beta" not in values and not uses_beta(settings["loss"]):
+            settings.pop("beta", None)
+    own = (settings.get("optimizer", "adamw"), settings.get("lr_scheduler", "cosine"))
+    for key in without_effect(*own).keys() - values.keys():
+        settings.pop(key, None)
+
+
+def _without_lora(settings: dict[str, Any], present: Sequence[Flag]) -> None:
+    """Leave out the tutorial's adapter under --full; UserError for flags of one."""
+    named = [flag.name for flag in present if flag.name.startswith("lora_")]
+    if named:
+        raise UserError(
+            f"--{named[0]} is of an adapter, and --full true trains all weights; keep one of them"
+        )
+    settings.pop("lora", None)
 
 
 def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from tandem.losses.known import find_loss
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.training_settings import TrainingSettings
 
 # AdamW moves a weight by about the learning rate in each step. The weights of models and adapters
@@ -26,6 +28,8 @@ def unmeant(
             f"learning_rate {settings.learning_rate:g}{times} is larger than the weights "
             "themselves; usual ones are between 1e-6 and 1e-3"
         )
+    if isinstance(settings, DpoSettings):
+        warnings += _unusual_beta(settings)
     if records is not None and settings.batch_size > records:
         warnings.append(
             f"batch_size {settings.batch_size} is more than the {records} records that there are: "
@@ -37,6 +41,22 @@ def unmeant(
             "nothing to do in a step"
         )
     return warnings if steps is None else [*warnings, *_beyond(settings, steps)]
+
+
+def _unusual_beta(settings: DpoSettings) -> list[str]:
+    """Return a sentence on a `beta` that is meant for other losses."""
+    warnings = []
+    for name in settings.losses:
+        about = find_loss(name).about
+        if about is None or about.usual_beta is None or "beta" not in find_loss(name).options:
+            continue
+        low, high = about.usual_beta
+        if not low <= settings.beta <= high:
+            warnings.append(
+                f"beta {settings.beta:g} is unusual with loss {name}, where it is between {low:g} "
+                f"and {high:g}"
+            )
+    return warnings
 
 
 def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
@@ -52,6 +72,12 @@ def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
         warnings.append(
             f"{named}: the warm-up of {warm_up} is as long as {run} or longer: the learning rate "
             f"only rises, to {reached:.2g} of {settings.learning_rate:g}"
+        )
+    fall = math.ceil(steps * settings.decay_ratio) if settings.lr_scheduler == "wsd" else 0
+    if fall and warm_up < steps < warm_up + fall:
+        warnings.append(
+            f"lr_scheduler: wsd: warm-up ({warm_up}) and fall ({fall}) are longer than {run} "
+            f"together: the fall begins after the warm-up, in {steps - warm_up} steps"
         )
     if settings.logging_steps > steps:
         warnings.append(
@@ -69,4 +95,20 @@ def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
             f"validation.steps {scored} is more than {run}: held-out records are scored only "
             "before the first step and at the end"
         )
-    return warnings
+    return warnings + _never_early(settings, steps)
+
+
+def _never_early(settings: TrainingSettings, steps: int) -> list[str]:
+    """Return a sentence on an early stopping that comes after the last step."""
+    early, validation = settings.early_stopping, settings.validation
+    if early is None or validation is None:
+        return []
+    every = validation.steps or math.ceil(steps / 10)
+    scores = math.ceil(steps / every)
+    if early.patience < scores:
+        return []
+    return [
+        f"early_stopping.patience {early.patience} is not reached: the run has {scores} "
+        f"score{'s' if scores != 1 else ''} after its steps, and the first is what others must "
+        "improve on"
+    ]

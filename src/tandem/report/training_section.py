@@ -117,6 +117,9 @@ def _held_out(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             figures.append((title, f"{show(first[key])} → {show(last[key])}"))
     if summary.get("best_metric"):
         figures.append(("kept", f"step {summary.get('kept_step')}, best {summary['best_metric']}"))
+    early = mapping(summary.get("early_stopping"))
+    if early:
+        figures.append(("stopped early", f"step {early.get('step')} of {early.get('of')}"))
     return figures
 
 

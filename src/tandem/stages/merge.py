@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import safe_open
 
 from tandem.data.tokenize.chat_template import find_ending, resolve_template
 from tandem.errors import UserError
@@ -33,7 +32,7 @@ from tandem.model.model_folder import (
 )
 from tandem.model.quantize import Quantized, read_record
 from tandem.model.verify_merge import Verified, verified, whole_models
-from tandem.model.weight_files import HEADS, check_sums
+from tandem.model.weight_files import HEADS, check_sums, stored_dtype
 from tandem.recipe.jobs import MergeJob
 from tandem.runtime.console import log, say_finished
 from tandem.runtime.device import Device, torch_dtype
@@ -42,7 +41,6 @@ from tandem.stages.finished import merge_inputs
 from tandem.stages.training.outputs import move_up
 from tandem.storage.atomic_files import atomic_folder, atomic_write_json
 from tandem.storage.folder_lock import folder_lock
-from tandem.storage.hashing import weight_files
 from tandem.storage.manifest import NAME as MANIFEST
 from tandem.storage.manifest import check_made, finish_stage, open_stage, read_manifest, start_stage
 
@@ -164,7 +162,7 @@ class _Merge:
         vocabulary_grown(folder, self.updates)
         _settle_template(self.base, folder, chat_template, log)
         probes = self._probes(folder)
-        stored = self.dtype or _stored_dtype(self.base)
+        stored = self.dtype or stored_dtype(self.base)
         compute = torch.float64 if stored == torch.float64 else torch.float32
         place = device.torch_device
         logps, why, short = None, "", ""
@@ -270,13 +268,6 @@ def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:
             "what was rounded: copy the whole folder again"
         )
     check_weights(adapter, base, weights, "Name the right base, or merge anyway with --force.")
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    shard = weight_files(folder)[0]
-    with safe_open(shard, framework="pt") as file:
-        dtypes = {file.get_tensor(name).dtype for name in list(file.keys())[:8]}
-    return next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), torch.float32)
 
 
 def _write_summary(

@@ -9,15 +9,21 @@ from typing import Any
 from rich.console import Console
 
 from tandem.recipe.jobs import TrainingJob
+from tandem.recipe.training_settings import SftSettings
 from tandem.stages.training.context import BuiltObjective, ObjectiveInputs, TrainingStage
 from tandem.stages.training.train_stage import train_stage
 from tandem.train.callbacks.callback import Callback
-from tandem.train.losses.objectives import SupervisedObjective
+from tandem.train.objectives.supervised import SupervisedObjective, probability_weighted
 
 
 def run_sft(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = ()) -> Path:
     """Fine-tune the job's model on conversations, into a peft adapter folder; see `train_stage`."""
-    stage = TrainingStage("sft", "conversations", _objective, dropout=True, warnings=_warnings)
+    settings = job.settings
+    assert isinstance(settings, SftSettings)
+    stage = TrainingStage(
+        "sft", "conversations", _objective, dropout=True, warnings=_warnings,
+        of_token=probability_weighted if settings.loss == "dft" else None,
+    )  # fmt: skip
     return train_stage(stage, job, console, callbacks)
 
 

@@ -43,6 +43,10 @@ class RunState:
     # the step whose adapter scored best on held-out records so far, and its score
     best_step: int | None = None
     best: float | None = None
+    # the same of the score that early stopping waits to be improved, and how many did not
+    early_step: int | None = None
+    early_best: float | None = None
+    early_waited: int = 0
 
 
 @dataclass(frozen=True)

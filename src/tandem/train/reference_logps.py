@@ -180,12 +180,12 @@ def reference_logps(
 
     Args:
         engine: holds the reference (the policy with its adapter off).
-        trees: all records, each with the same number of branches B.
+        trees: all records.
         identity: hash of the reference weights and of what the numerics depend on.
         budget: lowered when memory runs out.
         advance: called with the number of records that were done.
 
-    Returns the log-probs [n, B] float64, and how many records had to be computed.
+    Returns the log-probs of all sequences [S] float64, and how many records had to be computed.
     """
     processes = engine.processes
 
@@ -218,7 +218,7 @@ def reference_logps(
             known.update(processes.on_rank0(partial(keep, part_keys, fresh)))
             computed += sum(map(len, part))
             advance(sum(map(len, part)))
-        logps.append(np.array([[known[key] for key in row] for row in keys], dtype=np.float64))
+        logps.append(np.array([known[key] for row in keys for key in row], dtype=np.float64))
     return np.concatenate(logps), computed
 
 

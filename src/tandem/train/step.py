@@ -19,7 +19,7 @@ from tandem.data.encoded.example import Example
 from tandem.errors import TandemError
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
 from tandem.train.engines.engine import Engine
-from tandem.train.losses.objectives import Objective
+from tandem.train.objectives.objective import Objective
 from tandem.train.token_budget import Members, TokenBudget, no_room
 
 T = TypeVar("T")
@@ -71,6 +71,8 @@ class StepRunner:
     budget: TokenBudget  # lowered when memory runs out
     attention_weight: float  # for the balance between processes, see `packing.example_cost`
     _: KW_ONLY
+    # what the objective sees of a step beforehand, by the same indices; None: the examples
+    observed: Sequence[Example] | None = None
     dropout_seed: int | None = None  # of dropout masks; None where there is no dropout
     learns: bool = True  # whether there is a backward; without one, losses are only added up
 
@@ -78,12 +80,14 @@ class StepRunner:
         """Compute a step in all processes; TandemError, with records, if a loss is not finite."""
         engine, processes = self.engine, self.engine.processes
         examples = [self.examples[i] for i in step.examples]
-        tokens = [tokens_fed(engine.model, example) for example in examples]
-        work = StepWork(step, examples, tokens, self.objective.denominator(examples))
-        plan = self._plan(work)
-        mine = rank_work(plan, processes.rank, tokens, equally_many=engine.sharded)
+        denominator = self.objective.begin(examples, step.examples)
+        work = self._work(step, examples, denominator)
+        plan, mine = self._plan(work)
         if self.objective.couples:
-            self._see_step(work, mine)
+            seen = work
+            if self.observed is not None:
+                seen = self._work(step, [self.observed[i] for i in step.examples], denominator)
+            self._see_step(seen, self._plan(seen)[1])
         # Gradients are exchanged once all processes know that none has failed.
         parts = engine.gather(
             lambda: self._run(work, mine), lambda results: self._sums(work, results)
@@ -91,15 +95,21 @@ class StepRunner:
         self.budget.settle([int(part.pop("budget")) for part in parts], processes)
         return StepResult(work, plan, added(parts))
 
-    def _plan(self, work: StepWork) -> StepPlan:
-        model, budget = self.engine.model, self.budget.tokens
+    def _work(self, step: Step, examples: Sequence[Example], denominator: int) -> StepWork:
+        tokens = [tokens_fed(self.engine.model, example) for example in examples]
+        return StepWork(step, examples, tokens, denominator)
+
+    def _plan(self, work: StepWork) -> tuple[StepPlan, RankWork]:
+        """Who computes what of a step, and what this process does."""
+        engine, model, budget = self.engine, self.engine.model, self.budget.tokens
         costs = [example_cost(example, self.attention_weight) for example in work.examples]
 
         def pack_share(share: Sequence[int]) -> list[Members]:
             return micro_batches(model, [work.examples[i] for i in share], budget)
 
-        ranks = self.engine.processes.count
-        return plan_step(work.tokens, costs, budget, ranks, pack_share=pack_share)
+        ranks, rank = engine.processes.count, engine.processes.rank
+        plan = plan_step(work.tokens, costs, budget, ranks, pack_share=pack_share)
+        return plan, rank_work(plan, rank, work.tokens, equally_many=engine.sharded)
 
     def _run(self, work: StepWork, mine: RankWork) -> list[MicroBatchResult]:
         """Compute this process's micro-batches."""
@@ -124,9 +134,8 @@ class StepRunner:
     ) -> dict[str, Tensor]:
         with nullcontext() if self.learns else torch.no_grad():
             logps, weights = self._score(work, members, weight)
-            indices = [work.step.examples[i] for i in members]
             first_step = self.learns and work.step.number == 0
-            result = self.objective.loss(logps, weights, indices, first_step=first_step)
+            result = self.objective.loss(logps, weights, members, first_step=first_step)
             loss = result.loss / work.denominator
         if self.learns:
             self.engine.backward(loss, last=last)
@@ -146,9 +155,8 @@ class StepRunner:
         def logps(members: Members, _last: bool) -> list[list[float]]:
             with torch.no_grad():
                 scored, _ = self._score(work, members, 1.0)
-            branches = len(work.examples[members[0]].branches)
-            rows: list[list[float]] = scored.view(-1, branches).tolist()
-            return rows[: len(members)]
+            values = iter(scored.tolist())
+            return [[next(values) for _ in work.examples[i].branches] for i in members]
 
         def run() -> list[tuple[int, list[float]]]:
             for _ in range(mine.fillers):
@@ -158,9 +166,9 @@ class StepRunner:
 
         parts = self.engine.gather(run, lambda rows: rows)
         rows = dict(row for part in parts for row in part)
-        whole = torch.tensor([rows[i] for i in range(len(rows))], dtype=self.engine.device.sums)
-        place = self.engine.device.torch_device
-        self.objective.see_step(whole.to(place).flatten(), work.step.examples)
+        every = [value for i in range(len(rows)) for value in rows[i]]
+        whole = torch.tensor(every, dtype=self.engine.device.sums)
+        self.objective.see_step(whole.to(self.engine.device.torch_device))
 
     def _sums(self, work: StepWork, results: Sequence[MicroBatchResult]) -> dict[str, float]:
         """The micro-batches' sums on the host, added up, and the `budget` that is left."""

@@ -33,7 +33,7 @@ class Trainer:
     learning_rate: Callable[[int], float]  # a step's rate by its number from 0
 
     def run(self) -> None:
-        """Take all remaining steps.
+        """Take all remaining steps, or those until a callback finishes the run.
 
         Raises Stopped after a checkpoint when a process, or a callback, is asked to end, and
         TandemError before a step that is not finite.
@@ -43,12 +43,25 @@ class Trainer:
         with _stop_requests() as stop:
             for callback in run.callbacks:
                 callback.on_train_begin(run)
-            for step in run.sampler.steps(run.state.step, run.total_steps):
+            end = run.state.step if run.finish_reason else run.total_steps
+            for step in run.sampler.steps(run.state.step, end):
                 report = self._take(step)
                 for callback in run.callbacks:
                     callback.on_step_end(run, report)
-                self._end_step(stop.requested, last=report.last)
+                if run.finish_reason and not report.metrics:
+                    self._log_early(step)
+                self._end_step(stop.requested, last=report.last or bool(run.finish_reason))
+                if run.finish_reason:
+                    break
         model.eval()
+
+    def _log_early(self, step: Step) -> None:
+        """Give the callbacks the line of metrics of a last step that was not known to be it."""
+        run = self.training
+        report = StepReport(self._metrics(self.learning_rate(step.number)), last=True)
+        run.state.sums = {}
+        for callback in run.callbacks:
+            callback.on_early_end(run, report)
 
     def _end_step(self, requested: bool, *, last: bool) -> None:
         """Call the callbacks' `before_next_step`; raise Stopped where the run ends here."""

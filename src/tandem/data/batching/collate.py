@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tandem.data.encoded.example import Branch, Example, TokenIds
@@ -50,6 +51,7 @@ class MicroBatch:
         sequences: S, the number of sequences; an example's branches follow each other.
         sequence_tokens: trained tokens of each sequence [S].
         dropout_keys: [T] int64, distinct for every (seed, step, record, token), or None.
+        target_weight: [N] float32, what each target's log-prob counts, or None: each counts once.
         spans: `row_spans` of the segments, in a micro-batch that was padded to a declared shape.
     """
 
@@ -64,6 +66,7 @@ class MicroBatch:
     sequence_tokens: tuple[int, ...]
     dropout_keys: Tensor | None = None
     spans: Tensor | None = None
+    target_weight: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -90,7 +93,7 @@ def padded_shape(example: Example) -> tuple[int, int]:
 
 def collate(examples: Sequence[Example], dropout_keys: Sequence[int] | None = None) -> MicroBatch:
     """Lay out examples one after the other; each has a `record_key` if dropout masks are drawn."""
-    parts = _Parts([], [], [], [], [], [], [], [])
+    parts = _Parts([], [], [], [], [], [], [], [], [])
     for index, example in enumerate(examples):
         parts.add(example, None if dropout_keys is None else dropout_keys[index])
     return MicroBatch(
@@ -106,6 +109,7 @@ def collate(examples: Sequence[Example], dropout_keys: Sequence[int] | None = No
         sequences=len(parts.sequence_tokens),
         sequence_tokens=tuple(parts.sequence_tokens),
         dropout_keys=_tensor(parts.keys) if dropout_keys is not None else None,
+        target_weight=torch.from_numpy(np.concatenate(parts.weights)) if parts.weights else None,
     )
 
 
@@ -139,6 +143,7 @@ class _Parts:
     segments: list[Segment]
     target_rows: list[np.ndarray]
     target_ids: list[TokenIds]
+    weights: list[NDArray[np.float32]]  # empty where no target has any
     sequence_tokens: list[int]
     rows: list[int]  # of each example
 
@@ -174,6 +179,8 @@ class _Parts:
         predicting[in_branch == 0] = start + prefix - 1
         self.target_rows.extend([start + in_prefix - 1, predicting])
         self.target_ids.extend([example.prefix.input_ids[in_prefix], branch.input_ids[in_branch]])
+        if example.prefix.weights is not None and branch.weights is not None:
+            self.weights.extend([example.prefix.weights[in_prefix], branch.weights[in_branch]])
         self.sequence_tokens.append(len(in_prefix) + len(in_branch))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ class FlatArrays:
     rows: NDArray[np.int64]  # [n]: each record's row in its file
     digests: NDArray[np.uint8]  # [S, 32]: `sequence_digest` of each branch's sequence
     prompts: NDArray[np.uint64]  # [n]: `records.prompt_key` of each record
+    # [S]: how good each branch is, NaN where that is not said; [0] where it is nowhere said
+    scores: NDArray[np.float64]
 
 
 def to_arrays(examples: Sequence[Example], prompts: Sequence[int] | None = None) -> FlatArrays:
@@ -56,16 +59,28 @@ def to_arrays(examples: Sequence[Example], prompts: Sequence[int] | None = None)
         rows=np.array([example.origin.row for example in examples], dtype=np.int64),
         digests=np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_BYTES),
         prompts=np.array(range(len(examples)) if prompts is None else prompts, dtype=np.uint64),
+        scores=_scores(examples),
     )
 
 
+def _scores(examples: Sequence[Example]) -> NDArray[np.float64]:
+    if not any(example.scores for example in examples):
+        return np.zeros(0)
+    unsaid = (math.nan,)
+    every = [example.scores or unsaid * len(example.branches) for example in examples]
+    return np.array([score for scores in every for score in scores])
+
+
 def sequence_digest(prefix: Branch, branch: Branch) -> bytes:
-    """Return the SHA-256 of a sequence's length, token ids and targets, whatever its origin."""
+    """Return the SHA-256 of a sequence's length, tokens, targets and weights, not of its origin."""
     digest = hashlib.sha256()
     digest.update((len(prefix.input_ids) + len(branch.input_ids)).to_bytes(8, "little"))
     for part in (prefix, branch):
         digest.update(part.input_ids.astype("<i4", copy=False).tobytes())
     digest.update(np.packbits(np.concatenate([prefix.trained, branch.trained])).tobytes())
+    for part in (prefix, branch):
+        if part.weights is not None:
+            digest.update(part.weights[part.trained].tobytes())
     return digest.digest()
 
 
@@ -115,6 +130,7 @@ class Index:
     rows: NDArray[np.int64]
     files: NDArray[np.int32]  # [n]: the number of each record's file in `names`
     prompts: NDArray[np.uint64]
+    scores: NDArray[np.float64]
     names: tuple[str, ...]  # the names of the files
     sources: tuple[int, ...]  # how many records each data source gave, in reading order
 
@@ -203,6 +219,16 @@ class EncodedDataset(Sequence[Example]):
         return self._per_sequence(self._index.targets)
 
     @property
+    def scores(self) -> NDArray[np.float64]:
+        """[S]: how good each sequence is, by its record; NaN where that is not said."""
+        scores = self._index.scores
+        if not len(scores):
+            return np.full(int(self.branches.sum()), math.nan)
+        if len(self) == len(self._index.parts):
+            return scores
+        return scores[self._sequences_of(self._chosen, 0, len(self._index.parts))]
+
+    @property
     def prompt_lengths(self) -> NDArray[np.int32]:
         """[n]: tokens of each example's first sequence that are not trained."""
         first = _starts(self.branches)[:-1]
@@ -257,7 +283,12 @@ class EncodedDataset(Sequence[Example]):
         ]
         index = self._index
         origin = Origin(index.names[index.files[number]], int(index.rows[number]))
-        return Example(parts[0], tuple(parts[1:]), origin)
+        scores: tuple[float, ...] = ()
+        if len(index.scores):
+            # Each example before has one part that is no sequence.
+            own = index.scores[first - number : last - number - 1]
+            scores = () if np.isnan(own).any() else tuple(own.tolist())
+        return Example(parts[0], tuple(parts[1:]), origin, scores)
 
 
 def _starts(sizes: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -79,8 +79,10 @@ def _kind(file: Path) -> str:
 # The files of an entry beside entry.json. All numbers are little-endian.
 _DTYPES = {
     "parts": "<i4", "lengths": "<i4", "targets": "<i4", "fed": "<i4", "rows": "<i8", "files": "<i4",
-    "prompts": "<u8",
+    "prompts": "<u8", "scores": "<f8",
 }  # fmt: skip
+# Entries of earlier versions lack these, which are then empty.
+_LATER = ("scores",)
 _COLUMNS = (*_DTYPES, "ids", "trained", "digests")
 _LEDGER = "ledger"
 _BYTES_LIMIT = 20 * 2**30
@@ -123,6 +125,8 @@ class DatasetWriter:
             name: _Sink(None if folder is None else folder / name) for name in (*_COLUMNS, _LEDGER)
         }
         self._bits = np.zeros(0, dtype=np.bool_)
+        self._unscored = 0  # sequences at the end that no scores were written of
+        self._scored = False
         self.records = 0
         self._sources: tuple[int, ...] = ()
 
@@ -139,6 +143,12 @@ class DatasetWriter:
         self._put("digests", arrays.digests)
         for name in ("parts", "lengths", "targets", "fed", "rows", "prompts"):
             self._put(name, getattr(arrays, name))
+        self._unscored += len(arrays.digests)
+        if len(arrays.scores):
+            self._unscored -= len(arrays.scores)
+            self._fill_scores()
+            self._put("scores", arrays.scores)
+            self._scored = True
         for entry in batch.entries:
             line = [self._numbers[entry.file], entry.row, entry.outcome, entry.reason, entry.detail]
             self._sinks[_LEDGER].write(
@@ -158,6 +168,8 @@ class DatasetWriter:
         has the number of records of each source.
         """
         self._sources = tuple(sources)
+        if self._scored:
+            self._fill_scores()
         self._put("trained", np.packbits(self._bits))
         self.close()
         if self._folder is not None:
@@ -180,6 +192,10 @@ class DatasetWriter:
         memory = {name: sink.memory for name, sink in self._sinks.items()}
         arrays = {name: np.frombuffer(memory[name], dtype=dtype) for name, dtype in _DTYPES.items()}
         return _dataset(arrays, memory, self._names, self._sources)
+
+    def _fill_scores(self) -> None:
+        self._put("scores", np.full(self._unscored, np.nan))
+        self._unscored = 0
 
     def _put(self, name: str, values: NDArray[Any]) -> None:
         dtype = _DTYPES.get(name)
@@ -212,7 +228,8 @@ class EncodedStore:
         try:
             about = read_object(entry / "entry.json", _KINDS, "")
             for name in (*_COLUMNS, _LEDGER):
-                _check(entry / name, *about["files"][name])
+                if name in about["files"] or name not in _LATER:
+                    _check(entry / name, *about["files"][name])
             formats = {int(source): name for source, name in about["formats"].items()}
             unread = {int(source): tuple(keys) for source, keys in about["unread"].items()}
             dataset = _open(entry, names, about["sources"])
@@ -249,7 +266,12 @@ class EncodedStore:
 
 
 def _open(entry: Path, names: Sequence[str], sources: Sequence[int]) -> EncodedDataset:
-    arrays = {name: np.fromfile(entry / name, dtype=dtype) for name, dtype in _DTYPES.items()}
+    arrays = {
+        name: np.fromfile(entry / name, dtype=dtype)
+        if name not in _LATER or (entry / name).exists()
+        else np.zeros(0, dtype=dtype)
+        for name, dtype in _DTYPES.items()
+    }
     return _dataset(arrays, {name: entry / name for name in _COLUMNS}, names, sources)
 
 

@@ -8,11 +8,11 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from tandem.data.encoded.dataset import FlatArrays, to_arrays
-from tandem.data.encoded.example import Example, conversation_example, pair_example
+from tandem.data.encoded.example import Example, conversation_example, preference_example
 from tandem.data.formats.format import Kind, Record
 from tandem.data.ledger import Entry
 from tandem.data.read_records import records_of
-from tandem.data.records import Conversation, PreferencePair, prompt_key
+from tandem.data.records import Conversation, Preference, prompt_key
 from tandem.data.sources.chunks import Chunk
 from tandem.data.tokenize import encode, template_capabilities
 from tandem.data.tokenize.encode import ChatTokenizer, Encoded, Exchange
@@ -129,8 +129,10 @@ def fit_records(
 
 def example_of(record: Record, answers: Sequence[Encoded]) -> Example:
     """Return the example of a record's encoded answers."""
-    build = conversation_example if isinstance(record, Conversation) else pair_example
-    return build(answers, record.origin)
+    if isinstance(record, Conversation):
+        scores = () if record.good is None else (float(record.good),)
+        return replace(conversation_example(answers, record.origin), scores=scores)
+    return replace(preference_example(answers, record.origin), scores=record.scores)
 
 
 def _whole(answers: Sequence[Encoded | Refused]) -> tuple[Encoded, ...]:
@@ -177,7 +179,7 @@ class _Prepared:
     ) -> Fitted | Refused:
         """Return the record, with its answers, within its limits."""
         record, limits = self.record, options.limits
-        if isinstance(record, PreferencePair):
+        if isinstance(record, Preference):
             return fit_pair(chat, record, own, limits)
         return fit_conversation(chat, record, own, limits, options.loss_on, self.dropped)
 
@@ -191,10 +193,10 @@ def _prepare(chat: ChatTokenizer, options: EncodingOptions, record: Record) -> _
     unreasoned = reason == template_capabilities.NO_REASONING
     if unreasoned and chat.thought is not None and on_answers:
         reason = ""  # the prompt opens the reasoning, which is written behind it
-    if isinstance(record, PreferencePair):
+    if isinstance(record, Preference):
         if reason := reason or chat.omissions.of_prompt(record.prompt, record.tools):
             return Refused(reason, named)
-        return _Prepared(record, encode.pair_exchanges(record))
+        return _Prepared(record, encode.answer_exchanges(record))
     if reason:
         return Refused(reason, named)
     shorter = skip_old_turns(chat, record, options.limits, options.loss_on)

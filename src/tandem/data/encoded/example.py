@@ -24,6 +24,7 @@ class Branch:
 
     input_ids: TokenIds
     trained: TrainedMask
+    weights: NDArray[np.float32] | None = None  # of each target's log-prob [L]; None: all 1
 
     @property
     def fed(self) -> int:
@@ -36,14 +37,16 @@ class Branch:
 class Example:
     """One encoded record: a shared prefix and the branches that continue it.
 
-    A conversation has an empty prefix and one branch; a preference pair has the longest common
-    token prefix of its two sequences and two branches, chosen first. A trained token of the prefix
-    is a target of every branch. A sequence's first token is never trained: nothing predicts it.
+    A conversation has an empty prefix and one branch; a preference record has the longest common
+    token prefix of its answers' sequences and a branch an answer, the best first. A trained token
+    of the prefix is a target of every branch. A sequence's first token is never trained: nothing
+    predicts it. `scores` say how good each branch is, where the record says so.
     """
 
     prefix: Branch
     branches: tuple[Branch, ...]
     origin: Origin
+    scores: tuple[float, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -85,14 +88,14 @@ def conversation_example(encoded: Sequence[Encoded], origin: Origin) -> Example:
     return _split(encoded, min(shared, *(answer.start for answer in encoded)), origin)
 
 
-def pair_example(encoded: Sequence[Encoded], origin: Origin) -> Example:
-    """Make the example of a preference pair: longest common token prefix, then chosen and rejected.
+def preference_example(encoded: Sequence[Encoded], origin: Origin) -> Example:
+    """Make the example of a preference record: longest common token prefix, a branch an answer.
 
     The prefix may reach into the answers; it is shortened so that each branch keeps a token.
     """
-    chosen, rejected = encoded
-    shared = _common(chosen.ids, rejected.ids)
-    shared = min(shared, len(chosen.ids) - 1, len(rejected.ids) - 1)
+    first, *others = encoded
+    shared = min(_common(first.ids, other.ids) for other in others)
+    shared = min(shared, *(len(answer.ids) - 1 for answer in encoded))
     return _split(encoded, shared, origin)
 
 

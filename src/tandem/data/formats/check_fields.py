@@ -23,10 +23,10 @@ def check_meaning(source: DataSource, known: Format) -> None:
     check_use(source)  # first, for a misspelt name may lead to another format
     keys = known.read_keys | (TURN_KEYS if known.turns else set())
     _check_keys(source, keys, f"the format {known.name}")
-    if source.completions is not None and "completions" not in known.keys:
+    if source.completions is not None and known.completions is None:
         raise UserError(
             f"data: {source.path}: `completions: {source.completions}` chooses between scored "
-            f"answers (UltraFeedback), but the format is {known.name}. Remove it."
+            f"answers, but the format is {known.name}. Remove it."
         )
     if source.roles and not known.turns:
         raise UserError(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from tandem.data.records import Conversation, Origin, PreferencePair
+from tandem.data.records import Conversation, Origin, Preference
+from tandem.recipe.choices import RecordKind
 
-Kind = Literal["conversations", "preference pairs"]
+Kind = RecordKind
 Fields = Mapping[str, object]
 # A row with one answer, in the keys `prompt`, `completion` and `label`.
 ToUnpaired = Callable[[Fields], Fields]
@@ -28,7 +28,7 @@ class InvalidRecord(ValueError):  # noqa: N818  (not an error of the program: a 
         self.detail = detail
 
 
-Record = Conversation | PreferencePair
+Record = Conversation | Preference
 # Most rows hold one record and raise `InvalidRecord`; of a row with several, each has its verdict.
 Reader = Callable[[Fields, Origin], Sequence[Record | InvalidRecord]]
 
@@ -56,7 +56,8 @@ class Format:
     @property
     def id(self) -> str:
         """A unique identifier; formats that make other records of the same keys share a name."""
-        more = (self.completions, "joined" * self.joins, "stated" * self.stated)
+        labelled = "labelled" * (self.kind == "labelled answers")
+        more = (self.completions, "joined" * self.joins, labelled, "stated" * self.stated)
         return ", ".join(filter(None, (self.name, *more)))
 
     def fits(self, fields: Fields) -> bool:

@@ -15,9 +15,11 @@ from tandem.data.formats import conversations, preferences
 from tandem.data.formats.conversations import INSTRUCTION, QUERY, QUESTION
 from tandem.data.formats.format import Fields, Format, Kind, Reader, ToUnpaired
 from tandem.data.formats.unpaired import (
+    both_answers,
     good_answers,
     is_labelled,
     joined_pairs,
+    labelled_answers,
     split_instruction,
     split_last_turn,
     split_prompt,
@@ -32,7 +34,33 @@ def _known(
 
 
 _conversations = partial(_known, "conversations")
-_pairs = partial(_known, "preference pairs")
+_labels = partial(_known, "labelled answers")
+
+
+def _pairs(name: str, keys: str, read: Reader, optional: str = "", **more: Any) -> list[Format]:
+    """Return two formats of pairs: as pairs, and as a good and a bad answer."""
+    return [
+        _known("preference pairs", name, keys, read, optional, **more),
+        _labels(name, keys, both_answers(read), optional, **more),
+    ]
+
+
+# How the rows of a format with scored answers are read, by a recipe's `completions`.
+_OF_SCORES: dict[str, Reader] = {
+    "best_vs_worst": preferences.read_best_vs_worst,
+    "best_vs_rest": preferences.read_best_vs_rest,
+    "all_pairs": preferences.read_all_pairs,
+    "best_vs_all": preferences.read_best_vs_all,
+    "ranked": preferences.read_all_pairs,
+}
+
+
+def _scored(name: str, keys: str, around: Callable[[Reader], Reader]) -> list[Format]:
+    """Return a format of scored answers for each way to read it."""
+    return [
+        _known("preference pairs", name, keys, around(read), "system", completions=completions)
+        for completions, read in _OF_SCORES.items()
+    ]
 
 
 def _labelled(
@@ -41,38 +69,37 @@ def _labelled(
     optional: str,
     split: ToUnpaired,
     suits: Callable[[Fields], bool] | None = is_labelled,
-) -> tuple[Format, Format]:
-    """Return two formats of labelled answers: good ones as conversations, and joined pairs."""
+) -> tuple[Format, ...]:
+    """Return three formats of labelled answers: as they are, the good ones, and joined pairs."""
     more = " ".join({"system", "label", "kto_tag", *optional.split()} - set(keys.split()))
     how: dict[str, Any] = {"turns": True, "suits": suits, "to_unpaired": split}
     return (
         _conversations(name, keys, good_answers(split), more, **how),
-        _pairs(name, keys, joined_pairs(split), more, joins=True, **how),
+        _known("preference pairs", name, keys, joined_pairs(split), more, joins=True, **how),
+        _labels(name, keys, labelled_answers(split), more, **how),
     )
 
 
 # The first whose keys are all there is the format, so what needs more keys comes first.
 # `messages` often lie beside prompt/chosen/rejected; pairs are then what is meant.
 FORMATS: tuple[Format, ...] = (
-    _pairs("orca_dpo_pairs", "question chosen rejected", preferences.read_orca_pair, "system",
+    *_pairs("orca_dpo_pairs", "question chosen rejected", preferences.read_orca_pair, "system",
            suits=preferences.answers_as_texts),
-    _pairs("explicit preference", "prompt chosen rejected", preferences.read_explicit_pair,
+    *_pairs("explicit preference", "prompt chosen rejected", preferences.read_explicit_pair,
            "system", turns=True),
-    _pairs("ShareGPT preference", "conversations chosen rejected",
+    *_pairs("ShareGPT preference", "conversations chosen rejected",
            preferences.read_sharegpt_pair, "system", turns=True),
-    _pairs("Alpaca preference", "instruction chosen rejected", preferences.read_alpaca_pair,
+    *_pairs("Alpaca preference", "instruction chosen rejected", preferences.read_alpaca_pair,
            "input system history", turns=True),
-    _pairs("input preference", "input chosen rejected", preferences.read_input_pair, "system",
+    *_pairs("input preference", "input chosen rejected", preferences.read_input_pair, "system",
            suits=preferences.answers_as_texts),
     # Without a prompt of its own: the prompt is what both dialogues have in common.
-    _pairs("implicit preference", "chosen rejected", preferences.read_implicit_pair, "system",
+    *_pairs("implicit preference", "chosen rejected", preferences.read_implicit_pair, "system",
            turns=True),
-    _pairs("response preference", "instruction chosen_response rejected_response",
+    *_pairs("response preference", "instruction chosen_response rejected_response",
            preferences.read_response_pair, "input system history"),
-    _pairs("UltraFeedback", "instruction completions", preferences.read_best_vs_worst, "system",
-           completions="best_vs_worst"),
-    _pairs("UltraFeedback", "instruction completions", preferences.read_best_vs_rest, "system",
-           completions="best_vs_rest"),
+    *_scored("UltraFeedback", "instruction completions", lambda read: read),
+    *_scored("scored answers", "prompt answers scores", preferences.read_scored_answers),
     *_labelled("labelled ShareGPT", "conversations", "", split_last_turn("conversations")),
     *_labelled("labelled messages", "messages", "", split_last_turn("messages")),
     _conversations("ShareGPT", "conversations", conversations.read_sharegpt, "system", turns=True),
@@ -132,7 +159,7 @@ def overlooked(keys: Sequence[str], known: Format) -> tuple[Format, ...]:
 def variant(known: Format, kind: Kind, completions: str | None) -> Format:
     """Return the format of the same name that makes records of `kind`, else `known` itself.
 
-    `completions` chooses between the two of scored answers; None means `best_vs_worst`.
+    `completions` chooses among those of scored answers; None means `best_vs_worst`.
     """
     wanted = (None, completions or "best_vs_worst")
     same = (one for one in FORMATS if one.name == known.name and one.kind == kind)

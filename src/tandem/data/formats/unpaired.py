@@ -10,6 +10,7 @@ import json
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import groupby, islice
 from tempfile import SpooledTemporaryFile
@@ -19,7 +20,7 @@ from tandem.data.formats.conversations import read_completion
 from tandem.data.formats.format import Fields, InvalidRecord, Reader, ToUnpaired, text
 from tandem.data.formats.preferences import read_explicit_pair
 from tandem.data.formats.turns import instruction_in, tools_in
-from tandem.data.records import Conversation, Origin, PreferencePair
+from tandem.data.records import Conversation, Origin, Preference, Turn
 from tandem.data.sources.chunks import BadLine, Chunk, Row, RowChunk
 
 # The keys of what stands before a labelled answer, once the row is split.
@@ -92,10 +93,48 @@ def good_answers(split: ToUnpaired) -> Reader:
     return read
 
 
+def labelled_answers(split: ToUnpaired) -> Reader:
+    """Return a reader of answers with their labels; only the last answer of a row is trained."""
+
+    def read(fields: Fields, origin: Origin) -> list[Conversation]:
+        good = label_of(fields)
+        return [
+            replace(_last_alone(one), good=good) for one in read_completion(split(fields), origin)
+        ]
+
+    return read
+
+
+def both_answers(read: Reader) -> Reader:
+    """Return a reader of pairs as two answers, a good one and a bad one."""
+
+    def answers(fields: Fields, origin: Origin) -> list[Conversation | InvalidRecord]:
+        both: list[Conversation | InvalidRecord] = []
+        for one in read(fields, origin):
+            if not isinstance(one, Preference):
+                assert isinstance(one, InvalidRecord)
+                both.append(one)
+                continue
+            before = tuple(replace(turn, trained=False) for turn in one.prompt)
+            both += [
+                Conversation((*before, Turn("assistant", text)), origin, good=good)
+                for text, good in ((one.chosen, True), (one.rejected, False))
+            ]
+        return both
+
+    return answers
+
+
+def _last_alone(conversation: Conversation) -> Conversation:
+    *before, last = conversation.turns
+    turns = (*(replace(turn, trained=False) for turn in before), replace(last, trained=True))
+    return replace(conversation, turns=turns)
+
+
 def joined_pairs(split: ToUnpaired) -> Reader:
     """Return a reader of pairs of rows that `joined` put together, or of why a row is alone."""
 
-    def read(fields: Fields, origin: Origin) -> list[PreferencePair]:
+    def read(fields: Fields, origin: Origin) -> list[Preference]:
         if "chosen" in fields and "rejected" in fields:
             return read_explicit_pair(fields, origin)
         label = label_of(fields)

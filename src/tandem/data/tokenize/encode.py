@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.data.records import Conversation, Origin, PreferencePair, Turn
+from tandem.data.records import Conversation, Origin, Preference, Turn
 from tandem.data.tokenize import template_capabilities
 from tandem.data.tokenize.chat_template import ChatTemplate, Ending, find_ending, require_ending
 from tandem.data.tokenize.codec import Codec, CodecParts, FastCodec, make_codec
@@ -45,11 +45,10 @@ def is_trained(turn: Turn) -> bool:
     return turn.role == "assistant" and turn.trained
 
 
-def pair_exchanges(pair: PreferencePair) -> list[Exchange]:
-    """Return both answers of a pair after their prompt, chosen first."""
+def answer_exchanges(record: Preference) -> list[Exchange]:
+    """Return the answers of a preference record after their prompt, the best one first."""
     return [
-        Exchange(pair.prompt, text, pair.origin, tools=pair.tools)
-        for text in (pair.chosen, pair.rejected)
+        Exchange(record.prompt, text, record.origin, tools=record.tools) for text in record.answers
     ]
 
 
@@ -247,7 +246,7 @@ def encode_text(
 
 def render(
     chat: ChatTokenizer,
-    record: Conversation | PreferencePair | Exchange,
+    record: Conversation | Preference | Exchange,
     turns: Sequence[Turn],
     *,
     prompt: bool,

@@ -1,12 +1,12 @@
-"""Cut preference pairs beyond their limits: their prompt first, then their answers."""
+"""Cut preference records beyond their limits: their prompt first, then their answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tandem.data.records import PreferencePair
-from tandem.data.tokenize.encode import ChatTokenizer, Encoded, encode_exchanges, pair_exchanges
+from tandem.data.records import Preference
+from tandem.data.tokenize.encode import ChatTokenizer, Encoded, answer_exchanges, encode_exchanges
 from tandem.data.tokenize.template_capabilities import Refused
 from tandem.data.truncation.limits import (
     ANSWER_BEYOND,
@@ -24,9 +24,9 @@ from tandem.data.truncation.prompt import cut_prompt
 
 
 def fit_pair(
-    chat: ChatTokenizer, pair: PreferencePair, encoded: Sequence[Encoded | Refused], limits: Limits
+    chat: ChatTokenizer, pair: Preference, encoded: Sequence[Encoded | Refused], limits: Limits
 ) -> Fitted | Refused:
-    """Shorten the prompt (the same for both answers) and the answers as `limits.too_long` says.
+    """Shorten the prompt (the same for all answers) and the answers as `limits.too_long` says.
 
     With a prompt limit, every longer prompt is cut to it; without, only that of a long sequence.
     """
@@ -37,7 +37,7 @@ def fit_pair(
 
 
 def _fit(
-    chat: ChatTokenizer, pair: PreferencePair, answers: tuple[Encoded, ...], limits: Limits
+    chat: ChatTokenizer, pair: Preference, answers: tuple[Encoded, ...], limits: Limits
 ) -> Fitted:
     too_long = longest(answers) > limits.sequence
     if not too_long and (limits.prompt is None or answers[0].start <= limits.prompt):
@@ -49,15 +49,15 @@ def _fit(
         detail = f"prompt {answers[0].start} tokens, max_prompt_length {limits.prompt}"
         raise Unfit(PROMPT_BEYOND, detail)
     kept = _cut_texts(chat, pair, answers, limits)
-    if kept.encoded[0].ids == kept.encoded[1].ids:
+    if len({tuple(answer.ids) for answer in kept.encoded}) < len(kept.encoded):
         raise Unfit(NOTHING_LEFT, f"the answers are the same within {limits.sequence} tokens")
     return kept
 
 
 def _cut_texts(
-    chat: ChatTokenizer, pair: PreferencePair, answers: tuple[Encoded, ...], limits: Limits
+    chat: ChatTokenizer, pair: Preference, answers: tuple[Encoded, ...], limits: Limits
 ) -> Fitted:
-    """Cut the prompt of both answers, then (unless they stay whole) the answers' ends."""
+    """Cut the prompt of all answers, then (unless they stay whole) the answers' ends."""
     before = answers[0]
     larger = max(answers, key=lambda answer: answer.size)
     room = limits.for_prompt(larger.size)
@@ -75,12 +75,12 @@ def _cut_texts(
         cut = cut_prompt(chat, pair, pair.prompt, room, by_text=limits.by_text)
         if cut is None:
             raise Unfit(NOTHING_LEFT, f"the template alone exceeds {room} tokens")
-        exchanges = pair_exchanges(replace(pair, prompt=cut[0]))
+        exchanges = answer_exchanges(replace(pair, prompt=cut[0]))
         answers = require_encoded(encode_exchanges(chat, exchanges, limits.sequence))
         length = limits.in_words(before.start, before)
         reasons = [cut[1]]
         details = [f"prompt {length} -> {answers[0].start} tokens"]
-    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+    for (name, _), answer in zip(pair.named, answers, strict=True):
         if len(answer.ids) > limits.sequence:
             length = limits.in_words(answer.size, answer)
             details.append(f"{name} {length} -> {limits.sequence - answer.start} tokens")

@@ -23,6 +23,7 @@ _COMPARED = {
     "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler",
     "train_batch_size", "train_micro_batch_size_per_gpu",
 }  # fmt: skip
+_OPTIMIZERS = {"adamw": ("Adam", "AdamW"), "lion": ("Lion",)}
 _SCHEDULERS = {
     "WarmupCosineLR": ("cosine",),
     "WarmupDecayLR": ("linear",),
@@ -127,15 +128,18 @@ def _listed(factors: Mapping[str, Any]) -> str:
 
 
 def _optimizer_conflicts(optimizer: Mapping[str, Any], settings: TrainingSettings) -> Iterator[str]:
-    kind = optimizer.get("type", "AdamW")
-    if kind not in ("Adam", "AdamW"):
-        yield f"optimizer.type {kind}, the recipe's AdamW"
-    recipe = {
+    kind, own = optimizer.get("type"), settings.optimizer
+    if kind is not None and kind not in _OPTIMIZERS.get(own, ()):
+        yield f"optimizer.type {kind}, optimizer {own}"
+    recipe: dict[str, tuple[str, Any]] = {
         "lr": ("learning_rate", settings.learning_rate),
-        "betas": ("adam_beta1, adam_beta2", [settings.adam_beta1, settings.adam_beta2]),
-        "eps": ("adam_epsilon", settings.adam_epsilon),
         "weight_decay": ("weight_decay", settings.weight_decay),
     }
+    if own == "lion":
+        recipe["betas"] = ("lion_beta1, lion_beta2", [settings.lion_beta1, settings.lion_beta2])
+    else:
+        recipe["betas"] = ("adam_beta1, adam_beta2", [settings.adam_beta1, settings.adam_beta2])
+        recipe["eps"] = ("adam_epsilon", settings.adam_epsilon)
     yield from _differences("optimizer.params", optimizer.get("params", {}), recipe)
 
 
@@ -143,10 +147,13 @@ def _scheduler_conflicts(scheduler: Mapping[str, Any], settings: TrainingSetting
     kind = scheduler.get("type")
     if kind is not None and settings.lr_scheduler not in _SCHEDULERS.get(kind, ()):
         yield f"scheduler.type {kind}, lr_scheduler {settings.lr_scheduler}"
+    if kind == "WarmupDecayLR" and settings.min_lr_ratio:
+        yield f"scheduler.type {kind}, which falls to 0, min_lr_ratio {settings.min_lr_ratio}"
     recipe: dict[str, tuple[str, Any]] = {
         "warmup_max_lr": ("learning_rate", settings.learning_rate),
         "warmup_min_lr": ("warm-up from", 0),
         "warmup_type": ("warm-up", "linear"),
+        "cos_min_ratio": ("min_lr_ratio", settings.min_lr_ratio),
         "warmup_num_steps": ("warmup_steps", settings.warmup_steps),
         "total_num_steps": ("max_steps", settings.max_steps),
     }

@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tandem.data.batching.collate import MicroBatch
 from tandem.errors import TandemError
 from tandem.model.read_model import fill_layer
+from tandem.model.trained_weights import keep_rate_factors, trainable_parameters
 from tandem.model.unwrap import layers_of
 from tandem.train.engines.engine import Engine, MakeOptimizer
 from tandem.train.engines.replicated import FlatGradients
@@ -28,6 +30,7 @@ class _ZeroEngine(Engine):
     """What both stages do with DeepSpeed's own engine, `self.zero`."""
 
     needs_group = True
+    pieces = "flat"
     zero: Any
 
     @property
@@ -35,8 +38,8 @@ class _ZeroEngine(Engine):
         """The recipe's name of the stage in `config`."""
         return f"deepspeed-zero{self.config['zero_optimization']['stage']}"
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """See `Engine.optimizer_state`."""
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """See `Engine._optimizer_state`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         tensors: dict[str, Tensor] = {}
@@ -52,6 +55,17 @@ class _ZeroEngine(Engine):
                 tensors[f"{name}|{key}"] = tensor.detach().cpu().contiguous()
         return tensors
 
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Engine.restore`: DeepSpeed keeps what it moves apart from what computes."""
+        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.zero import GatheredParameters
+
+        for name, parameter in self.parameters.items():
+            gathered = GatheredParameters(parameter, modifier_rank=0)
+            with gathered if self.sharded else nullcontext(), torch.no_grad():
+                parameter.copy_(tensors[name])
+            safe_set_full_fp32_param(parameter, tensors[name])
+
     def _load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore DeepSpeed's optimizer from the state that any engine saved."""
         from deepspeed.utils import safe_set_full_optimizer_state
@@ -61,11 +75,11 @@ class _ZeroEngine(Engine):
                 safe_set_full_optimizer_state(self.parameters[name], tensor, key)
             else:
                 for state in _flat_states(self.zero):
-                    state[key] = tensor.clone()
+                    state[key] = tensor.to(torch.as_tensor(state[key]).device, copy=True)
 
     def _start(self, module: nn.Module, make_optimizer: MakeOptimizer) -> None:
         config = {**self.config, "gradient_clipping": self.max_grad_norm or 0.0}
-        optimizer = make_optimizer(self.parameters.values())
+        optimizer = make_optimizer(self.parameters)
         self.zero = start_engine(module, optimizer, config, self.device.kind)
 
     def _backward_of_sum(self, loss: Tensor) -> None:
@@ -129,11 +143,16 @@ class Zero3Engine(_ZeroEngine):
 
     sharded = True
 
-    def trained(self) -> dict[str, Tensor]:
-        """See `Engine.trained`."""
+    def _live(self) -> dict[str, Tensor]:
+        """See `Engine._live`."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {name: safe_get_full_fp32_param(p) for name, p in self.parameters.items()}
+        kept = {}
+        for name, parameter in self.parameters.items():
+            value = safe_get_full_fp32_param(parameter)
+            if self.processes.is_rank0:
+                kept[name] = value.cpu()
+        return kept
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Engine.load_optimizer`."""
@@ -141,7 +160,8 @@ class Zero3Engine(_ZeroEngine):
         keys = {name.rsplit("|", 1)[1]: tensor for name, tensor in tensors.items()}
         for flat in self.zero.optimizer.fp32_partitioned_groups_flat:
             self.zero.optimizer.optimizer.state[flat] = {
-                key: torch.zeros_like(flat) if like.numel() > 1 else like.clone()
+                # A fused optimizer counts its steps where the weights are.
+                key: torch.zeros_like(flat) if like.numel() > 1 else like.to(flat.device, copy=True)
                 for key, like in keys.items()
             }
         self._load_state(tensors)
@@ -155,11 +175,13 @@ class Zero3Engine(_ZeroEngine):
             zero = {**limits, **self.config["zero_optimization"]}
             self.config = {**self.config, "zero_optimization": zero}
         deepspeed = _import_deepspeed(self.device.kind)
+        empty = self.parameters
         for layer in layers:
             fill_layer(self.model, layer)
-            deepspeed.zero.Init(
-                layer, dtype=self.device.weights, config_dict_or_path=dict(self.config)
-            )
+            dtype = next(layer.parameters()).dtype
+            deepspeed.zero.Init(layer, dtype=dtype, config_dict_or_path=dict(self.config))
+        self.parameters = trainable_parameters(self.model)  # filled ones have replaced the others
+        keep_rate_factors(empty, self.parameters)
         self._start(self.scorer, make_optimizer)
 
     def _score(self, batch: MicroBatch) -> Tensor:

@@ -133,6 +133,9 @@ def fill_up(batch: MicroBatch, bucket: Bucket) -> MicroBatch:
         segments=segments,
         target_row=_filled(batch.target_row, targets, 0),
         target_id=_filled(batch.target_id, targets, 0),
+        target_weight=None
+        if batch.target_weight is None
+        else _filled(batch.target_weight, targets, 0),
         target_sequence=_filled(batch.target_sequence, targets, bucket.sequences),
         read_rows=torch.arange(bucket.rows),
         sequences=bucket.sequences,

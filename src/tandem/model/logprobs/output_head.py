@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from tandem.errors import UserError
 from tandem.model.added_tokens import TrainedRows, trained_rows
 from tandem.model.cpu.c_kernels import kernels, softmax_block
 from tandem.model.cpu.onednn_linear import Ordered, Plain, can_order, product
-from tandem.model.lora.forward import DropoutKeys
-from tandem.model.unwrap import layers_of, plain_head
+from tandem.model.unwrap import plain_head
 
 # Logits that are held at once: rows of a chunk times columns of a vocabulary block. On CPU they
 # stay in the last-level cache; on GPUs a block has to fill the device.
@@ -31,7 +29,10 @@ HeadBlocks = tuple[tuple[int, Ordered], ...]
 
 @dataclass(frozen=True)
 class Head:
-    """A head: logits = softcap(scale * (hidden @ weight.T + bias)), frozen but for `rows`."""
+    """A head: logits = softcap(scale * (hidden @ weight.T + bias)).
+
+    It is frozen, but for `rows`, or as a whole trained, where `weight` requires a gradient.
+    """
 
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
@@ -61,7 +62,7 @@ def scores_head(model: nn.Module) -> bool:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a causal language model; UserError if more is trained than added tokens' rows."""
+    """The head of a causal language model; UserError for one that is no plain linear layer."""
     config: Any = model.config
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
     layer: Any = plain_head(output)
@@ -69,10 +70,6 @@ def head_of(model: nn.Module) -> Head:
         raise UserError(
             f"the output head of {type(model).__name__} is a {type(layer).__name__}, not a plain "
             "linear layer: leave it out of lora.target_modules"
-        )
-    if layer.weight.requires_grad and torch.is_grad_enabled():
-        raise UserError(
-            "the output head is trained; only LoRA on the decoder's layers is supported"
         )
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
@@ -101,6 +98,9 @@ def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
     depends on neither rows nor vocabulary. Trained rows are few: the frozen part leaves them out of
     its sum, and autograd adds them.
 
+    A head that is trained as a whole has a gradient of its own, for which the backward computes the
+    logits once more, block by block: 8NVH operations, and no more memory for logits.
+
     Args:
         hidden: the hidden states that predict [N, H].
         head: the head.
@@ -114,6 +114,8 @@ def linear_logprob(hidden: Tensor, head: Head, target: Tensor) -> Tensor:
         head.weight.detach()[:, 0].index_select(0, target)
     if head.rows is not None:
         return _with_trained_rows(hidden, head, head.rows, target)
+    if head.weight.requires_grad and torch.is_grad_enabled():
+        return _TrainedLinearLogprob.apply(hidden, head.weight, head.bias, head, target)
     return _LinearLogprob.apply(hidden, head, target)
 
 
@@ -154,14 +156,8 @@ def _shaped(logits: Tensor, head: Head) -> Tensor:
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, target: Tensor) -> Tensor:
-        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logp = torch.empty(hidden.shape[0], dtype=accumulate, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = _ROWS if hidden.device.type == "cpu" else _GPU_ROWS
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            out = None if gradient is None else gradient[part]
-            logp[part] = _chunk(hidden[part], head, target[part], accumulate, out)
+        logp, _ = _chunks(hidden, head, target, gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return logp
@@ -172,10 +168,97 @@ class _LinearLogprob(torch.autograd.Function):
         return gradient * grad_outputs[0][:, None].to(gradient.dtype), None, None
 
 
+class _TrainedLinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, target: Tensor
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        head = replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())
+        with torch.no_grad():
+            logp, total = _chunks(hidden, head, target, gradient)
+        # The weight is saved as autograd wants it, and changes from step to step.
+        ctx.head = replace(head, weight=hidden[:0], ordered=None)
+        saved = (hidden, weight, target, total)
+        ctx.save_for_backward(*saved, *(() if gradient is None else (gradient,)))
+        return logp
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
+        hidden, weight, target, total, *known = ctx.saved_tensors
+        head, outer = replace(ctx.head, weight=weight), grad_outputs[0]
+        of_hidden = known[0] * outer[:, None].to(known[0].dtype) if known else None
+        of_weight = torch.zeros_like(weight, dtype=total.dtype)
+        of_bias = None if head.bias is None else torch.zeros_like(head.bias, dtype=total.dtype)
+        for part in _row_parts(hidden):
+            rows = _Rows(hidden[part], target[part], total[part], outer[part])
+            _add_head_gradient(head, rows, of_weight, of_bias)
+        of_weight = of_weight.to(weight.dtype)
+        if of_bias is not None and head.bias is not None:
+            of_bias = of_bias.to(head.bias.dtype)
+        return of_hidden, of_weight, of_bias, None, None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A chunk of n rows, and the loss's gradients in their log-probs."""
+
+    hidden: Tensor  # [n, H]
+    target: Tensor  # [n]
+    total: Tensor  # log of the sum over the vocabulary of exp(logit) [n]
+    outer: Tensor  # [n]
+
+
+def _add_head_gradient(head: Head, rows: _Rows, weight: Tensor, bias: Tensor | None) -> None:
+    """Add what a chunk gives the head's weight [V, H] and bias [V].
+
+    d log p_t / d logit_v is 1 for the target and 0 for others, minus the softmax; times the slope
+    of the soft-cap and the factor on the logits.
+    """
+    accumulate, hidden = rows.total.dtype, rows.hidden
+    states = hidden.to(accumulate)
+    columns = _block_columns(hidden.shape[0], hidden.device.type, accumulate)
+    for start, block in head.blocks(columns, hidden.dtype):
+        logits = _logits(hidden, block, start, head, accumulate)
+        slope = None if head.softcap is None else 1.0 - (logits / head.softcap) ** 2
+        stop = start + logits.shape[1]
+        share = logits.sub_(rows.total[:, None]).exp_().neg_()
+        inside = (rows.target >= start) & (rows.target < stop)
+        at = (rows.target - start).clamp(0, stop - start - 1)[:, None]
+        share.scatter_add_(1, at, inside[:, None].to(accumulate))
+        if slope is not None:
+            share.mul_(slope)
+        share.mul_((rows.outer.to(accumulate) * head.scale)[:, None])
+        weight[start:stop].addmm_(share.T, states)
+        if bias is not None:
+            bias[start:stop] += share.sum(dim=0)
+
+
+def _row_parts(hidden: Tensor) -> Iterator[slice]:
+    rows = _ROWS if hidden.device.type == "cpu" else _GPU_ROWS
+    for start in range(0, hidden.shape[0], rows):
+        yield slice(start, start + rows)
+
+
+def _chunks(
+    hidden: Tensor, head: Head, target: Tensor, gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and the logs of the softmax's sums [N]; gradients go to `gradient` [N, H]."""
+    accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logp = torch.empty(hidden.shape[0], dtype=accumulate, device=hidden.device)
+    total = torch.empty_like(logp)
+    for part in _row_parts(hidden):
+        out = None if gradient is None else gradient[part]
+        logp[part], total[part] = _chunk(hidden[part], head, target[part], accumulate, out)
+    return logp, total
+
+
 def _chunk(
     hidden: Tensor, head: Head, target: Tensor, accumulate: torch.dtype, gradient: Tensor | None
-) -> Tensor:
-    """Log-probs [n] of a chunk of rows; their gradients go to `gradient` [n, H]."""
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and the logs of their sums [n] of a chunk of rows; see `_chunks`."""
     rows = hidden.shape[0]
     peak = hidden.new_full((rows,), -torch.inf, dtype=accumulate)
     total = torch.zeros_like(peak)
@@ -200,7 +283,8 @@ def _chunk(
         if head.softcap is not None:
             own *= (1.0 - (picked / head.softcap) ** 2)[:, None]
         gradient.copy_((own - pulled.div_(total[:, None])).mul_(head.scale))
-    return picked - peak - total.log()
+    logs = total.log()
+    return picked - peak - logs, peak + logs
 
 
 def block_bytes(device: str) -> int:
@@ -263,52 +347,3 @@ def _narrow_product(weights: Tensor, weight: Ordered | Plain, dtype: torch.dtype
     if weights.device.type == "cuda" and dtype != weights.dtype:
         return torch.mm(weights.to(dtype), weight.forward, out_dtype=weights.dtype)
     return product(weights.to(dtype), weight.backward).to(weights.dtype)
-
-
-@dataclass
-class ReadRows:
-    """The rows of the current micro-batch that predict a target [R] int64; set before a forward."""
-
-    rows: Tensor | None = None
-
-
-def skip_unread_rows(model: Any) -> None:
-    """Let the last decoder layer's MLP pass over rows that nothing reads; done at most once.
-
-    After the last layer's attention, rows no longer see each other, and only rows that predict a
-    target go on to the head: for the others the MLP's result, zero here, is never read. Models
-    whose last layer has no `mlp` are left as they are.
-    """
-    if hasattr(model, "tandem_rows"):
-        return
-    model.tandem_rows = read = ReadRows()
-    layers = layers_of(model)
-    mlp: Any = getattr(layers[-1], "mlp", None) if layers else None
-    if mlp is None:
-        return
-    every_row = mlp.forward
-
-    def forward(hidden: Tensor) -> Any:  # [1, T, H]
-        rows = read.rows
-        if rows is None:
-            return every_row(hidden)
-        with _keys_of(model, rows):
-            computed = every_row(hidden.index_select(1, rows))
-        return torch.zeros_like(hidden).index_copy(1, rows, computed)
-
-    mlp.forward = forward
-
-
-@contextmanager
-def _keys_of(model: Any, rows: Tensor) -> Iterator[None]:
-    """Inside, keyed dropout sees the keys of the rows that are computed."""
-    shared: DropoutKeys | None = getattr(model, "tandem_dropout", None)
-    if shared is None or shared.keys is None:
-        yield
-        return
-    every = shared.keys
-    shared.keys = every[rows]
-    try:
-        yield
-    finally:
-        shared.keys = every

@@ -89,14 +89,17 @@ class Scorer(nn.Module):
         model: nn.Module,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         sums: torch.dtype = torch.float64,
+        of_token: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.precision, self.sums = model, precision, sums
+        self.of_token = of_token  # acts while the model trains, not where it is scored
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Log-probability of the trained tokens of each sequence [S], in `sums`."""
         with self.precision():
-            return sequence_logps(self.model, batch, self.sums)
+            of_token = self.of_token if self.model.training else None
+            return sequence_logps(self.model, batch, self.sums, of_token)
 
 
 def micro_batches(model: Any, trees: Sequence[Example], budget: int) -> list[tuple[int, ...]]:
@@ -140,7 +143,10 @@ def check_head(model: Any) -> None:
 
 
 def sequence_logps(
-    model: nn.Module, batch: MicroBatch, sums: torch.dtype = torch.float64
+    model: nn.Module,
+    batch: MicroBatch,
+    sums: torch.dtype = torch.float64,
+    of_token: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Summed log-probability of each sequence's trained tokens [S], in `sums`.
 
@@ -152,8 +158,13 @@ def sequence_logps(
         batch: the micro-batch, on the model's device.
         sums: float64, or float32 for devices without it. Added up plainly in float32 a long
             answer's sum is off by 1e-4, and DPO's gradient follows it; here it is rounded once.
+        of_token: what each token's log-prob is replaced by before it is added up.
     """
     logps = token_logps(model, batch)
+    if of_token is not None:
+        logps = of_token(logps)
+    if batch.target_weight is not None:
+        logps = logps * batch.target_weight
     # One more slot than sequences, for filler targets of a declared shape.
     empty = torch.zeros(batch.sequences + 1, dtype=sums, device=logps.device)
     add = partial(empty.index_add, 0, batch.target_sequence)

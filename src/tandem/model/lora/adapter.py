@@ -189,6 +189,14 @@ class LoraWeights:
         (folder / "README.md").unlink(missing_ok=True)
         write_record(model, folder)
 
+    def finish(self, folder: Path) -> None:
+        """Nothing: an adapter's folder is as it stays."""
+
+    def late(self, folder: Path) -> dict[str, Tensor]:
+        """None: they are small enough to be put back before the engine spreads the model."""
+        del folder
+        return {}
+
     def load(self, model: Any, folder: Path) -> None:
         """Overwrite the adapter's weights with those that `save` wrote, bit for bit."""
         from peft import set_peft_model_state_dict

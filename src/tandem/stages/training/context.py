@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from tandem.data.encoded.dataset import EncodedDataset
+from tandem.data.encoded.example import Example
 from tandem.data.formats.format import Kind
 from tandem.model.base_model import BaseModelInfo, lasting_name
+from tandem.model.full.full_weights import FullWeights
 from tandem.model.lora.adapter import LoraWeights
 from tandem.model.trained_weights import TrainedWeights
 from tandem.recipe.data_source import DataSource
@@ -18,7 +21,7 @@ from tandem.recipe.jobs import TrainingJob
 from tandem.runtime.console import log
 from tandem.train.checkpoint import CheckpointStore
 from tandem.train.engines.engine import Engine
-from tandem.train.losses.objectives import Objective
+from tandem.train.objectives.objective import Objective
 from tandem.train.token_budget import TokenBudget
 
 
@@ -43,13 +46,18 @@ class BuiltObjective:
     """An objective and what making it cost."""
 
     objective: Objective
+    # what it is a function of, where that is not the encoded records as they are
+    examples: Sequence[Example] | None = None
+    observed: Sequence[Example] | None = None  # see `StepRunner`
     reference_seconds: float = 0.0
     reference_computed: int = 0
 
 
-def lora_weights(context: TrainContext) -> TrainedWeights:
-    """Make the adapter that a job asks for."""
+def weights_of(context: TrainContext) -> TrainedWeights:
+    """What a job trains: an adapter, or all weights."""
     job, dropout = context.job, context.stage.dropout
+    if job.settings.full:
+        return FullWeights(context.base.folder)
     base, revision = lasting_name(context.base.name, context.base.folder)
     return LoraWeights(
         job.settings.lora, job.run.seed, base, revision,
@@ -67,7 +75,9 @@ class TrainingStage:
     dropout: bool  # whether the adapter's dropout may be on
     warnings: Callable[[list[dict[str, Any]]], list[str]]  # what the finished metrics show
     reference: bool = False  # whether the model as it was before training is asked for
-    weights: Callable[[TrainContext], TrainedWeights] = lora_weights  # what is trained
+    weights: Callable[[TrainContext], TrainedWeights] = weights_of  # what is trained
+    # what a token's log-prob is replaced by while the model trains
+    of_token: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from tandem.integrations.choose import choose_engine
 from tandem.model.cpu.c_kernels import numerics
 from tandem.model.cpu.onednn_linear import bytes_to_order
 from tandem.model.elementwise import check_compile
+from tandem.model.full.full_weights import check_full
 from tandem.model.quantize import check_quantization
 from tandem.recipe.jobs import TrainingJob
 from tandem.runtime.device import Device, exact_float32, float32_products
@@ -21,6 +22,7 @@ from tandem.storage.atomic_files import atomic_write_json
 from tandem.storage.hashing import Damaged, read_object, sealed
 from tandem.storage.manifest import difference
 from tandem.train.engines.engine import Engine
+from tandem.train.optimizers import check_optimizer
 from tandem.train.token_budget import TokenBudget, token_budget
 
 # Share of the free memory that copies of the frozen weights in a faster order may take.
@@ -40,7 +42,10 @@ def start_engine(device: Device, processes: ProcessGroup, job: TrainingJob) -> E
     run = job.run
     exact_float32()
     engine = choose_engine(run.engine, device, processes, job.settings)
+    check_optimizer(job.settings.optimizer, engine.pieces, engine.name, device)
     check_quantization(run.quantization, device=device.kind, sharded=engine.sharded)
+    if job.settings.full:
+        check_full(quantization=run.quantization)
     check_compile(run.compile, device=device.kind, sharded=engine.sharded)
     return engine
 
@@ -78,7 +83,9 @@ def _execution_here(context: TrainContext, model: Any, backend: str) -> Executio
     """What a run that starts here and now does."""
     engine, run = context.engine, context.job.run
     device, processes = engine.device, engine.processes
-    copies = 0 if engine.sharded else bytes_to_order(model)
+    # Weights that are trained change, and their copies would not.
+    fixed = not (engine.sharded or context.job.settings.full)
+    copies = bytes_to_order(model) if fixed else 0
     by_rank = processes.gather(
         lambda: (
             token_budget(run.tokens_per_microbatch, device, context.base.config),

@@ -13,6 +13,7 @@ from tandem.data.encoded.dataset import EncodedDataset
 from tandem.model.attention.select import choose_backend
 from tandem.model.cpu.c_kernels import unavailable_reason
 from tandem.model.elementwise import Compiling, settle_compile_caches
+from tandem.model.full.full_weights import training_dtype
 from tandem.model.load_model import load_in_layers, load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
 from tandem.model.lora.principal import share_beginnings
@@ -71,16 +72,17 @@ def set_up_model(
 
 def _load(context: TrainContext) -> Any:
     """The base on its device; in an engine that shards on the CPU, from where it goes in parts."""
-    engine, folder = context.engine, context.base.folder
+    engine, folder, full = context.engine, context.base.folder, context.job.settings.full
+    dtype = training_dtype(engine.device.weights) if full else engine.device.weights
     if engine.sharded:
-        return load_in_layers(folder, dtype=engine.device.weights, processes=engine.processes.count)
+        return load_in_layers(folder, dtype=dtype, processes=engine.processes.count)
     return load_model(
         folder,
-        dtype=engine.device.weights,
+        dtype=dtype,
         device=engine.device.torch_device,
         quantization=context.job.run.quantization,
         # Engines of other libraries want parameters of one dtype.
-        may_stay_stored=engine.name in ("single", "ddp"),
+        may_stay_stored=engine.name in ("single", "ddp") and not full,
         log=context.log,
     )
 

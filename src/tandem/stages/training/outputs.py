@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from tandem.data.encoded.dataset import EncodedDataset
@@ -32,6 +33,7 @@ def save_adapter_folder(
             context.weights.save(model, aside, trained)
         else:
             copy_adapter(checkpoint, aside)
+        context.weights.finish(aside)
         tokenizer.chat_template = template.saved
         with spelled(aside) as named:
             tokenizer.save_pretrained(str(named))
@@ -80,8 +82,10 @@ def training_summary(state: RunState, dataset: EncodedDataset) -> dict[str, Any]
 
 
 def examples_hash(dataset: EncodedDataset) -> str:
-    """Hash everything that is trained on: token ids and targets."""
-    return hash_bytes(dataset.branches.tobytes(), *dataset.all_digests())
+    """Hash everything that is trained on: token ids, targets, and scores where there are any."""
+    scores = dataset.scores
+    scored = () if np.isnan(scores).all() else (scores.tobytes(),)
+    return hash_bytes(dataset.branches.tobytes(), *dataset.all_digests(), *scored)
 
 
 def packing_in_words(summary: Mapping[str, Any]) -> str:

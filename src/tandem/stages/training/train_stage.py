@@ -37,7 +37,7 @@ from tandem.stages.training.execution import start_engine
 from tandem.stages.training.held_out import kept_in_words, kept_warnings, validation_summary
 from tandem.stages.training.model_setup import compile_model, set_up_model
 from tandem.stages.training.outputs import packing_in_words, save_adapter_folder, training_summary
-from tandem.stages.training.trainer_setup import build_trainer, prepare_engine
+from tandem.stages.training.trainer_setup import build_trainer, prepare_engine, restore
 from tandem.stages.training.training_data import StageReader, TrainingData
 from tandem.storage.atomic_files import atomic_write_json, read_jsonl
 from tandem.storage.folder_lock import folder_lock
@@ -156,19 +156,19 @@ def _run(
     for callback in callbacks:
         callback.on_set_up(run, model)
     compiled = compile_model(context, model, records.dataset, execution)
-    state = _begin(context, model, run)
+    newest, state = _begin(context, model, run)
     count, steps = len(records.dataset), run.total_steps
     doubts = unmeant(settings, steps=steps, records=count, processes=processes.count)
     context = context.warned(*doubts)
-    prepare_engine(context, model, state)
+    prepare_engine(context, model)
     start = ObjectiveInputs(
         engine, model, records.dataset, hash_json(inputs["model"]), execution["attention"],
         _numerics(execution), budget, context.console, context.weights,
     )  # fmt: skip
     built = _objectives(stage, start, records)
+    restore(context, newest, state)
     with StageProgress(context.console, stage.name, run.total_steps, run.state.step) as display:
-        objectives = [each.objective for each in built]
-        build_trainer(context, run, records, objectives, budget, display).run()
+        build_trainer(context, run, records, built, budget, display).run()
     done = _Done(model, engine.trained(), records, built, run.state, execution, compiled)
     outputs, summary = processes.on_rank0(lambda: _write_adapter(context, done))
     for callback in run.callbacks:
@@ -182,17 +182,19 @@ def _records(context: TrainContext) -> TrainingData:
     return reader.read(context.sources, context.held_out, job.run.seed)
 
 
-def _begin(context: TrainContext, model: Any, run: TrainingRun) -> dict[str, Tensor]:
-    """Restore the run and the adapter; returns the optimizer's tensors, if any."""
+def _begin(
+    context: TrainContext, model: Any, run: TrainingRun
+) -> tuple[Path | None, dict[str, Tensor]]:
+    """Restore the run and the adapter; returns the checkpoint and the optimizer's tensors."""
     checkpoints, processes = context.checkpoints(), context.engine.processes
     usable = partial(why_best_is_gone, best_adapters(context.job.folder, context.weights))
     newest = processes.on_rank0(lambda: checkpoints.newest(context.log, usable))
     if newest is None:
-        return {}
+        return None, {}
     run.state, optimizer = processes.on_all(partial(checkpoints.load, newest, model))
     processes.on_rank0(lambda: _clean_lines(context, checkpoints, newest, run.state.step))
     context.log(f"resuming from {newest} (step {run.state.step} of {run.total_steps})")
-    return optimizer
+    return newest, optimizer
 
 
 def _clean_lines(

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from tandem.data.batching.sampler import tenth
+from tandem.data.encoded.example import Example
+from tandem.model.trained_weights import hidden_matrices
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
-from tandem.stages.training.context import TrainContext
+from tandem.stages.training.context import BuiltObjective, TrainContext
 from tandem.stages.training.held_out import METRICS
 from tandem.stages.training.training_data import TrainingData
 from tandem.train.callbacks.callback import MetricsLog, SaveCheckpoints, ShowProgress, TrainingRun
+from tandem.train.callbacks.early_stopping import EarlyStopping
 from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation, best_adapters
-from tandem.train.losses.objectives import Objective
-from tandem.train.optimizers import make_optimizer, make_schedule
+from tandem.train.engines.engine import without_live
+from tandem.train.optimizers import make_optimizer
+from tandem.train.schedules import make_schedule
 from tandem.train.step import StepRunner
 from tandem.train.token_budget import TokenBudget, attention_weight
 from tandem.train.trainer import Trainer
@@ -28,41 +33,68 @@ def saved_every(settings: TrainingSettings, total: int) -> int:
     return settings.save_steps or tenth(total)
 
 
-def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor]) -> None:
-    """Hand model and optimizer to the engine; `state` has the optimizer's tensors on a resume."""
+def prepare_engine(context: TrainContext, model: Any) -> None:
+    """Hand model and optimizer to the engine."""
     engine, settings = context.engine, context.job.settings
-    optimizer = partial(make_optimizer, settings=settings, device=engine.device)
-    engine.prepare(model, optimizer, settings.max_grad_norm)
-    if state:
-        engine.load_optimizer(state)
+    optimizer = partial(
+        make_optimizer,
+        settings=settings,
+        device=engine.device,
+        matrices=hidden_matrices(model),
+    )
+    engine.prepare(model, optimizer, settings.max_grad_norm, context.stage.of_token)
+
+
+def restore(context: TrainContext, checkpoint: Path | None, state: Mapping[str, Tensor]) -> None:
+    """Go on from a checkpoint, if there is one; `state` has the optimizer's tensors.
+
+    The weights that move are among these where a checkpoint has their average.
+    """
+    if checkpoint is None:
+        return
+    engine, (own, live) = context.engine, without_live(state)
+    if weights := live or context.weights.late(checkpoint):
+        engine.restore(weights)
+    if own:
+        engine.load_optimizer(own)
 
 
 def build_trainer(
     context: TrainContext,
     run: TrainingRun,
     records: TrainingData,
-    objectives: Sequence[Objective],
+    objectives: Sequence[BuiltObjective],
     budget: TokenBudget,
     display: StageProgress,
 ) -> Trainer:
     """The loop of a stage, its callbacks before the run's; an objective for each data set."""
     settings, checkpoints, total = context.job.settings, context.checkpoints(), run.total_steps
     weight = attention_weight(context.base.config)
-    runner = partial(StepRunner, context.engine, attention_weight=weight)
+
+    def runner(built: BuiltObjective, dataset: Sequence[Example], **how: Any) -> StepRunner:
+        examples = dataset if built.examples is None else built.examples
+        return StepRunner(
+            context.engine, built.objective, examples, budget, weight,
+            observed=built.observed, **how,
+        )  # fmt: skip
+
     own = [
         MetricsLog(),
         ShowProgress(display),
         SaveCheckpoints(checkpoints, saved_every(settings, total)),
     ]
     if records.held_out is not None:
-        scored = runner(objectives[1], records.held_out.dataset, budget, learns=False)
+        scored = runner(objectives[1], records.held_out.dataset, learns=False)
         assert settings.validation is not None
         every = settings.validation.steps or tenth(total)
         best = METRICS[settings.best_metric] if settings.keep == "best" else None
         kept = best_adapters(run.folder, context.weights)
         own.append(HeldOutEvaluation(scored, every, best, kept, checkpoints))
+    if (early := settings.early_stopping) is not None:
+        best = METRICS[early.metric]
+        own.append(EarlyStopping(early.metric, best, early.patience, early.min_delta))
     run.callbacks = (*own, *run.callbacks)
     dropout = context.stage.dropout and settings.lora.dropout > 0
     seed = context.job.run.seed if dropout else None
-    steps = runner(objectives[0], records.dataset, budget, dropout_seed=seed)
+    steps = runner(objectives[0], records.dataset, dropout_seed=seed)
     return Trainer(run, steps, make_schedule(settings, total))

@@ -43,6 +43,7 @@ class TrainingRun:
     baseline_memory: int = 0  # bytes that this process held before it loaded the model
     stop_reason: str = ""  # why a callback asked to stop; empty if none did
     stopping: bool = False  # whether the run ends after this step; set for `before_next_step`
+    finish_reason: str = ""  # why a callback finished the run early; empty if none did
 
     @property
     def folder(self) -> Path:
@@ -57,6 +58,12 @@ class TrainingRun:
     def ask_to_stop(self, reason: str) -> None:
         """End the run with a checkpoint after this step; one process that asks is enough."""
         self.stop_reason = reason
+
+    def finish_early(self, reason: str) -> None:
+        """Let this step be the last one of a finished run; asked for in all processes alike."""
+        if not self.finish_reason:
+            self.log(reason)
+        self.finish_reason = reason
 
     def on_rank0(self, work: Callable[[], Any]) -> Any:
         """Run `work` in rank 0 alone; its result in every process."""
@@ -78,6 +85,12 @@ class Callback:
 
     def on_step_end(self, run: TrainingRun, report: StepReport) -> None:
         """After each step."""
+
+    def on_early_end(self, run: TrainingRun, report: StepReport) -> None:
+        """After `on_step_end` of the step that a callback finished the run with.
+
+        Only where the step's line of metrics was not due: `report` has it.
+        """
 
     def on_evaluate(self, run: TrainingRun, scores: Mapping[str, float]) -> None:
         """After held-out records were scored; `scores` as in a line of validation.jsonl."""
@@ -104,6 +117,10 @@ class MetricsLog(Callback):
         if report.metrics:
             run.on_rank0(lambda: append_jsonl(run.folder / "metrics.jsonl", report.metrics))
 
+    def on_early_end(self, run: TrainingRun, report: StepReport) -> None:
+        """Write the last step's line."""
+        self.on_step_end(run, report)
+
 
 @dataclass
 class ShowProgress(Callback):
@@ -114,6 +131,10 @@ class ShowProgress(Callback):
     def on_step_end(self, run: TrainingRun, report: StepReport) -> None:
         """Move the bar, or print a logged step's line."""
         self.display.advance(run.state.step, report.metrics)
+
+    def on_early_end(self, run: TrainingRun, report: StepReport) -> None:
+        """Show the last step's line."""
+        self.on_step_end(run, report)
 
     def on_evaluate(self, run: TrainingRun, scores: Mapping[str, float]) -> None:
         """Show the scores."""
@@ -130,7 +151,8 @@ class SaveCheckpoints(Callback):
     def before_next_step(self, run: TrainingRun) -> None:
         """Write the step's checkpoint, if it is due."""
         engine, step = run.engine, run.state.step
-        if step % self.every and step < run.total_steps and not run.stopping:
+        ends = run.stopping or bool(run.finish_reason) or step >= run.total_steps
+        if step % self.every and not ends:
             return
         trained, optimizer = engine.trained(), engine.optimizer_state()
         run.on_rank0(lambda: self.checkpoints.save(engine.model, trained, optimizer, run.state))

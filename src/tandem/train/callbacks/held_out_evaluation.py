@@ -26,9 +26,9 @@ class Best:
     metric: str
     higher: bool
 
-    def better(self, value: float, than: float | None) -> bool:
-        """Whether a value beats another; an equal one does not."""
-        return than is None or (value > than if self.higher else value < than)
+    def better(self, value: float, than: float | None, by: float = 0.0) -> bool:
+        """Whether a value beats another by more than a difference; an equal one does not."""
+        return than is None or (value > than + by if self.higher else value < than - by)
 
 
 @dataclass
@@ -70,10 +70,11 @@ class HeldOutEvaluation(Callback):
         model.eval()
         sums: dict[str, float] = {}
         count, total = 0, len(self.runner.examples)
-        for start in range(0, total, _BLOCK):
-            block = tuple(range(start, min(start + _BLOCK, total)))
-            result = self.runner.run(Step(state.step, 0, block))
-            sums, count = added([sums, result.sums]), count + result.work.denominator
+        with run.engine.result_in_place():
+            for start in range(0, total, _BLOCK):
+                block = tuple(range(start, min(start + _BLOCK, total)))
+                result = self.runner.run(Step(state.step, 0, block))
+                sums, count = added([sums, result.sums]), count + result.work.denominator
         model.train()
         metrics = self.runner.objective.metrics({**sums, "count": float(count)})
         seconds = time.perf_counter() - began

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,9 +19,12 @@ from tandem.model.trained_weights import trainable_parameters
 from tandem.runtime.device import BatchShapes, Device
 from tandem.runtime.host_memory import give_back_freed_memory
 from tandem.runtime.process_group import ProcessGroup
-from tandem.train.optimizers import clip_and_step, load_state, state_of, whole
+from tandem.train.averages import Average, average_of
+from tandem.train.optimizers import Pieces, clip_and_step, load_state, spread_as, state_of, whole
 
-MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[Mapping[str, Tensor]], torch.optim.Optimizer]
+# The key of weights that move, beside the optimizer's own, where an average of them is kept.
+_LIVE = "live"
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,8 +34,8 @@ class Engine(ABC):
     """Runs forward, backward and optimizer steps of a model on this process's device.
 
     A subclass says how the processes share weights, gradients and optimizer: it fills in the
-    methods that begin with an underscore, and replaces `trained`, `optimizer_state` and
-    `load_optimizer` if torch's optimizer does not hold the state. Losses come divided by the
+    methods that begin with an underscore, and `load_optimizer` if torch's optimizer does not hold
+    the state. Losses come divided by the
     step's own denominators, so gradients are summed over micro-batches and processes, never
     averaged. `config` is what else decides how the work is shared, the same in all processes.
 
@@ -46,6 +49,8 @@ class Engine(ABC):
     # the others: all then run equally many, and none can fail alone
     sharded: ClassVar[bool] = False
     needs_group: ClassVar[bool] = False  # whether even a single process needs a process group
+    pieces: ClassVar[Pieces] = "whole"  # what its optimizer holds of each parameter
+    average: Average | None = None  # what becomes of the run in place of the weights that move
 
     def __init__(
         self, device: Device, processes: ProcessGroup, config: Mapping[str, Any] | None = None
@@ -73,16 +78,29 @@ class Engine(ABC):
         _check_accelerate(self.accelerator, device, processes)
 
     def prepare(
-        self, model: nn.Module, make_optimizer: MakeOptimizer, max_grad_norm: float | None
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        max_grad_norm: float | None,
+        of_token: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Take over a model, on the CPU if `sharded`; clip gradients to `max_grad_norm` if set."""
+        """Take over a model, on the CPU if `sharded`.
+
+        Gradients are clipped to `max_grad_norm` if it is set; `of_token` is as in `sequence_logps`.
+        """
         self.model = model
         self.parameters = trainable_parameters(model)
         self.max_grad_norm = max_grad_norm
         mixed = self.accelerator.mixed_precision != "no"
         precision = self.accelerator.autocast if mixed else nullcontext
-        self.scorer: Any = Scorer(model, precision, self.device.sums)
-        self._share(make_optimizer)
+        self.scorer: Any = Scorer(model, precision, self.device.sums, of_token)
+
+        def watched(parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+            optimizer = make_optimizer(parameters)
+            self.average = average_of(optimizer)
+            return optimizer
+
+        self._share(watched)
 
     def score(self, batch: MicroBatch) -> Tensor:
         """Sequence log-probs [S] of a micro-batch; zeros follow where it fills a declared shape."""
@@ -106,15 +124,49 @@ class Engine(ABC):
         return norm if norm >= 0 else float("nan")
 
     def trained(self) -> dict[str, Tensor]:
-        """What the optimizer moves, whole, by name; all processes call it."""
-        return {name: whole(p) for name, p in self.parameters.items()}
+        """What becomes of the run, whole, by name, in rank 0; all processes call it.
+
+        It is what the optimizer moves, or its average where one is kept. Where weights are spread,
+        the other processes get nothing, and rank 0 has them in the host's memory.
+        """
+        average = self.average
+        if average is None:
+            return self._live()
+        return self._whole(average.of(name, p) for name, p in self.parameters.items())
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back trained weights, given whole and by name, as `trained` returned them."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(spread_as(parameter, tensors[name]))
+
+    @contextmanager
+    def result_in_place(self) -> Iterator[None]:
+        """Within it the model computes with what `trained` returns; afterwards as before."""
+        average = self.average
+        if average is None:
+            yield
+            return
+        live = [p.detach().clone() for p in self.parameters.values()]
+        self._put([average.of(name, p) for name, p in self.parameters.items()])
+        try:
+            yield
+        finally:
+            self._put(live)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors, whole, as `parameter|key`; all processes call it."""
-        return state_of(self.optimizer, self.parameters)
+        """The optimizer's tensors, whole, as `parameter|key`; all processes call it.
+
+        Where an average is kept, the weights that move are among them: `without_live` finds them.
+        """
+        tensors = self._optimizer_state()
+        if self.average is not None:
+            live = self._live().items()
+            tensors |= {f"{name}|{_LIVE}": p.cpu().contiguous() for name, p in live}
+        return tensors
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `optimizer_state` returned."""
+        """Restore what `optimizer_state` returned, without the weights that move."""
         load_state(self.optimizer, self.parameters, tensors)
 
     def gather(self, compute: Callable[[], T], finish: Callable[[T], R]) -> list[R]:
@@ -128,6 +180,32 @@ class Engine(ABC):
             computed = compute()
             return self.processes.gather(lambda: finish(computed))
         return self.processes.gather(lambda: finish(compute()))
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's own tensors, whole, as `parameter|key`."""
+        keep = self.processes.is_rank0 or not self.sharded
+        return state_of(self.optimizer, self.parameters, keep=keep)
+
+    def _live(self) -> dict[str, Tensor]:
+        """What the optimizer moves, whole, by name; see `trained`."""
+        return self._whole(self.parameters.values())
+
+    def _whole(self, values: Iterable[Tensor]) -> dict[str, Tensor]:
+        """A value of each parameter, whole, one after the other; see `trained`."""
+        kept = {}
+        for name, value in zip(self.parameters, values, strict=True):
+            tensor = whole(value)
+            if not self.sharded:
+                kept[name] = tensor
+            elif self.processes.is_rank0:
+                kept[name] = tensor.cpu()
+        return kept
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        """Let the model compute with other values, one for each parameter, spread as they are."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters.values(), values, strict=True):
+                parameter.copy_(value)
 
     @abstractmethod
     def _share(self, make_optimizer: MakeOptimizer) -> None:
@@ -153,6 +231,16 @@ class Engine(ABC):
         return clip_and_step(
             self.optimizer, self.parameters.values(), self.max_grad_norm, learning_rate
         )
+
+
+def without_live(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `optimizer_state` returned: the optimizer's own tensors, and the weights by name."""
+    end = f"|{_LIVE}"
+    own = {name: tensor for name, tensor in tensors.items() if not name.endswith(end)}
+    live = {name.removesuffix(end): tensors[name] for name in tensors.keys() - own.keys()}
+    return own, live
 
 
 def _check_accelerate(accelerator: Accelerator, device: Device, processes: ProcessGroup) -> None:

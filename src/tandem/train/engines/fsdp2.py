@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ class Fsdp2Engine(Engine):
     name = "fsdp2"
     sharded = True
     needs_group = True
+    pieces = "shards"
 
     def _share(self, make_optimizer: MakeOptimizer) -> None:
         mesh = init_device_mesh(self.device.kind, (self.processes.count,))
@@ -31,7 +33,13 @@ class Fsdp2Engine(Engine):
         whole = self.parameters
         self.parameters = trainable_parameters(self.model)  # spread ones have replaced the others
         keep_rate_factors(whole, self.parameters)
-        self.optimizer = make_optimizer(self.parameters.values())
+        self.optimizer = make_optimizer(self.parameters)
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        super()._put(values)
+        for module in self.scorer.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what is still gathered of the values before
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         self.scorer.set_requires_gradient_sync(last)  # the last one sums over the processes

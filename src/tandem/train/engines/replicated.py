@@ -58,7 +58,7 @@ class ReplicatedEngine(Engine):
 
     def _share(self, make_optimizer: MakeOptimizer) -> None:
         self.gradients = FlatGradients(list(self.parameters.values()))
-        self.optimizer = make_optimizer(self.parameters.values())
+        self.optimizer = make_optimizer(self.parameters)
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         del last

@@ -1,0 +1,20 @@
+"""All losses, found by name."""
+
+from __future__ import annotations
+
+from tandem.errors import UserError, nearest
+from tandem.losses import labelled, listwise, paired, reference_free
+from tandem.losses.registry import PREFERENCE_LOSSES, PreferenceLoss
+
+# A loss is registered when its module is imported.
+LOSS_MODULES = (paired, reference_free, labelled, listwise)
+
+
+def find_loss(name: str) -> PreferenceLoss:
+    """The loss of a name. Raises UserError, with the names there are, for another one."""
+    if name not in PREFERENCE_LOSSES:
+        names = sorted(PREFERENCE_LOSSES)
+        raise UserError(
+            f"there is no loss {name!r}.{nearest(name, names)} Losses: {', '.join(names)}."
+        )
+    return PREFERENCE_LOSSES[name]

@@ -1,0 +1,1 @@
+"""Full fine-tuning: all weights are trained, and a whole model is left."""

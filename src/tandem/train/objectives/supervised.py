@@ -1,0 +1,46 @@
+"""Supervised fine-tuning: the log-probs of trained tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tandem.data.encoded.example import Example
+from tandem.train.objectives.objective import LossSums, trained_tokens
+
+
+class SupervisedObjective:
+    """Negative log-likelihood per trained token of the step."""
+
+    couples = False
+
+    def begin(self, examples: Sequence[Example], indices: Sequence[int]) -> int:
+        """The step's trained tokens."""
+        del indices
+        return sum(trained_tokens(example) for example in examples)
+
+    def see_step(self, logps: Tensor) -> None:
+        """Not called: every token counts for itself."""
+
+    def loss(
+        self, logps: Tensor, weights: Tensor, members: Sequence[int], *, first_step: bool
+    ) -> LossSums:
+        """Sum of negative log-probs; see `Objective.loss`."""
+        del members, first_step
+        loss = negative_log_likelihood(logps * weights)
+        return LossSums(loss, {"loss": loss.detach()})
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Loss per trained token."""
+        return {"loss": sums["loss"] / sums["count"]}
+
+
+def negative_log_likelihood(logps: Tensor) -> Tensor:
+    """Sum the negative log-probs of sequences [S], to be divided by the step's trained tokens."""
+    return -logps.sum()
+
+
+def probability_weighted(logps: Tensor) -> Tensor:
+    """DFT (arXiv 2508.05629): each log-prob [N] times its probability, a constant."""
+    return logps * logps.detach().exp()
