@@ -61,7 +61,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"down_proj": 3},
         "alpha_pattern": {"q_proj": 5},
         "plus_ratio": 3.0,
+        "modules_to_save": ("norm", "embed_tokens"),
     },
+    "pissa": {"init": "pissa", "rank_pattern": {"down_proj": 3}},
     # of the order RICH["sft"], which must be carried out before
     "started": {"from": "sft-float32-rich-whole"},
 }
@@ -104,6 +106,7 @@ RICH = {
     "sft": Order("sft", "sft-float32-rich-whole", adapter="rich"),
     "dpo": Order("dpo", "dpo-float64-rich-whole", "float64", adapter="rich"),
 }
+PISSA = Order("sft", "sft-float32-pissa-whole", adapter="pissa")
 STARTED = Order("dpo", "dpo-float32-started-whole", adapter="started")
 
 

@@ -22,6 +22,7 @@ from .orders import (
     ENGINES,
     KINDS,
     LIMITS,
+    PISSA,
     RICH,
     STARTED,
     Done,
@@ -57,6 +58,10 @@ IN_TWO = [
         for engine in ENGINES[1:]
     ),
     *(
+        Order("sft", f"sft-pissa-2-{engine}", budget=512, engine=engine, adapter="pissa")
+        for engine in SPREAD
+    ),
+    *(
         Order("dpo", f"dpo-started-2-{engine}", budget=512, engine=engine, adapter="started")
         for engine in SPREAD
     ),
@@ -66,6 +71,7 @@ IN_THREE = [
     _order("dpo", 3, engine, "" if engine == "deepspeed-zero3" else "best")
     for engine in ENGINES[1:]
 ]
+AGAIN_PISSA = Order("sft", "again-pissa", engine="fsdp2", budget=512, adapter="pissa")
 # Sees every step of other examples beforehand, in which all processes take part.
 IN_THREE.append(Order("dpo", "kto-3-fsdp2", "float64", 512, engine="fsdp2", loss="kto"))
 # All weights are trained, embeddings and head among them.
@@ -156,7 +162,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     troubled = [*NO_MEMORY, *NO_ROOM]
     local = [order for order in troubled if order.engine == "single"]
     shared = [order for order in troubled if order.engine != "single"]
-    plain = [*(order for order in BASE if order != NOT_NEEDED), *ALONE, RICH["sft"], STARTED]
+    plain = [*(order for order in BASE if order != NOT_NEEDED), *ALONE, RICH["sft"], PISSA, STARTED]
     plain += [*(order for order in COUPLED if order.loss == "kto"), *FULL.values()]
     done.alone([*plain, *local, _stopped(ONE)])
     back = [_moved(order, engine) for order, engine in MOVES if engine == "single"]
@@ -164,6 +170,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     for order in there:
         copied(done.home, stopped(ONE), order.folder)
     again = [*map(_stopped, AGAIN), *AGAIN, *map(_stopped, AGAIN_RICH), *AGAIN_RICH]
+    again += [_stopped(AGAIN_PISSA), AGAIN_PISSA]
     again += [*FULL_IN_TWO, *map(_stopped, FULL_AGAIN), *FULL_AGAIN]
     done.launched(2, [*IN_TWO, STAGE_ONE, *again, *there, *shared, NO_MEMORY_SPREAD])
     done.launched(3, IN_THREE)
@@ -207,7 +214,9 @@ def test_a_checkpoint_goes_on_under_another_engine(done: Done, order: Order, eng
     assert steps == [1, 2, 3]
 
 
-@pytest.mark.parametrize("order", [STAGE_ONE, *AGAIN, *AGAIN_RICH], ids=lambda order: order.folder)
+@pytest.mark.parametrize(
+    "order", [STAGE_ONE, *AGAIN, *AGAIN_RICH, AGAIN_PISSA], ids=lambda order: order.folder
+)
 def test_a_stopped_run_ends_with_the_same_bits(done: Done, order: Order) -> None:
     same_as_whole(done, order)
     # ZeRO-1 and offloading change where things are, not one bit of them.

@@ -24,6 +24,7 @@ from .orders import (
     FAULTS,
     KINDS,
     LIMITS,
+    PISSA,
     RICH,
     STARTED,
     STEPS,
@@ -47,6 +48,7 @@ IN_ONE = [
     Order("dpo", "dpo-float32-1-checkpointing", budget=512, checkpointing=True),
     Order("sft", "sft-rich-1-alone", budget=1, checkpointing=True, adapter="rich"),
     Order("dpo", "dpo-rich-1-512", "float64", 512, adapter="rich"),
+    Order("sft", "sft-pissa-1-alone", budget=1, adapter="pissa"),
     Order("dpo", "dpo-started-1-alone", budget=1, adapter="started"),
 ]
 IN_TWO = [
@@ -55,6 +57,7 @@ IN_TWO = [
     Order("dpo", "dpo-float64-2-checkpointing", "float64", 512, checkpointing=True),
     *(replace(order, folder=f"{order.loss}-2-512", budget=512) for order in COUPLED),
     Order("dpo", "dpo-rich-2-512", "float64", 512, adapter="rich"),
+    Order("sft", "sft-pissa-2-512", budget=512, adapter="pissa"),
 ]
 # A fault that float32's wider limits notice, float64's notice as well.
 FAULTY = [
@@ -78,7 +81,7 @@ OTHER_DATA = replace(_SFT, folder="other-data", data="other.jsonl")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """All orders of this module, carried out."""
     done = started(tmp_path_factory.mktemp("orders"))
-    plain = [*BASE, *COUPLED, *RICH.values(), STARTED, *IN_ONE, *FAULTY]
+    plain = [*BASE, *COUPLED, *RICH.values(), PISSA, STARTED, *IN_ONE, *FAULTY]
     done.alone([*plain, replace(ONE_FIRST, trouble="SIGTERM")])
     in_two = [*IN_TWO, *STOPPED, ONE_FIRST, TWICE_TWO]
     in_two += [NOT_FINITE, BUG, MISTAKE, LOCKED, OTHER_DATA]

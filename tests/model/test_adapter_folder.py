@@ -19,7 +19,7 @@ from tandem.evaluate.eval_model import find_eval_model
 from tandem.evaluate.own_measures import OwnMeasures
 from tandem.integrations.choose import choose_device
 from tandem.model.load_model import load_adapter, load_for_inference, load_model
-from tandem.model.lora.adapter_folder import read_updates, whole_weights
+from tandem.model.lora.adapter_folder import copied_weights, read_updates
 from tandem.model.merge_weights import MergedShards
 from tandem.model.model_folder import load_config, model_without_weights
 from tandem.stages.merge import run_merge
@@ -108,6 +108,8 @@ def refused(folder: Path, *said: str) -> None:
         {"exclude_modules": ["down_proj"]},
         {"layers_to_transform": [1]},
         {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["norm"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"], "use_dora": True},
     ],
     ids=lambda settings: "-".join(map(str, settings)) or "plain",
 )
@@ -151,7 +153,7 @@ def test_copies_of_the_base_s_embeddings_change_nothing(
     path = copied / "adapter_model.safetensors"
     tensors, own = load_file(path), load_file(base / "model.safetensors")[name]
     save_file({**tensors, f"base_model.model.{name}": own.to(torch.bfloat16)}, path)
-    assert list(whole_weights(copied)) == [name]
+    assert list(copied_weights(copied)) == [name]
     assert read_updates(copied).keys() == read_updates(plain).keys()
     load_for_inference(str(copied), "cpu")
     save_file({**tensors, f"base_model.model.{name}": own * 1.1}, path)
@@ -168,7 +170,6 @@ def test_copies_of_the_base_s_embeddings_change_nothing(
         ({"peft_type": "PROMPT_TUNING"}, "type PROMPT_TUNING"),
         ({"peft_type": "OF_NO_KIND"}, "type OF_NO_KIND"),
         ({"bias": "all"}, "biases as well (bias 'all')"),
-        ({"modules_to_save": ["lm_head"]}, "whole modules as well"),
         ({"lora_bias": True}, "biases of its own (lora_bias true)"),
         ({"layer_replication": [[0, 2], [0, 2]]}, "repeats layers"),
         ({"alora_invocation_tokens": [1, 2]}, "invocation tokens"),
@@ -221,7 +222,14 @@ def test_adapters_in_the_folders_of_a_folder_are_named(plain: Path, tmp_path: Pa
             command(str(tmp_path / "all"), "cpu")
 
 
-@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "pissa"},
+        {"use_dora": True},
+        {"modules_to_save": ["norm", "lm_head", "gate_proj"]},
+    ],
+)
 def test_a_merge_and_a_chat_answer_alike(
     base: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
@@ -271,7 +279,7 @@ def test_an_adapter_on_a_head_that_is_the_embedding_is_named(tmp_path: Path) -> 
     )  # fmt: skip
     base = make_model_folder(tmp_path / "tied", config=tied)
     make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
-    with pytest.raises(UserError, match=r"changes the output head \(lm_head\.weight\)"):
+    with pytest.raises(UserError, match=r"changes lm_head\.weight, whose weights output"):
         run_merge(merge_job(base, tmp_path / "adapter", tmp_path / "merged"), Console(quiet=True))
     assert not (tmp_path / "merged").exists()
 
@@ -284,3 +292,64 @@ def test_evaluation_says_that_it_scores_no_adapter_on_the_head(base: Path, tmp_p
             adapter, *adapter.tokenizer("neural-chat"), choose_device("cpu", "auto"),
             run_settings("", tmp_path), Console(quiet=True),
         )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings")
+def test_a_whole_module_that_cannot_be_merged_is_named(base: Path, tmp_path: Path) -> None:
+    """One of two tied embeddings, one of another size, and one that its file lacks."""
+    from transformers import LlamaConfig
+
+    make_adapter(base, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    tied = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    other = make_model_folder(tmp_path / "tied", config=tied)
+    quiet = Console(quiet=True)
+    with pytest.raises(UserError, match=r"changes model\.embed_tokens\.weight, whose weights out"):
+        run_merge(merge_job(other, tmp_path / "adapter", tmp_path / "merged"), quiet)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    name, tensors = "base_model.model.model.embed_tokens.weight", load_file(path)
+    save_file({**tensors, name: torch.ones(7, 32)}, path)
+    with pytest.raises(UserError, match=r"does not fit its base model: [^$]*size mismatch"):
+        run_merge(merge_job(base, tmp_path / "adapter", tmp_path / "merged"), quiet)
+    save_file({n: tensor for n, tensor in tensors.items() if n != name}, path)
+    with pytest.raises(UserError, match="does not fit its base model: it lacks 'base_model"):
+        load_for_inference(str(tmp_path / "adapter"), "cpu")
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_whole_modules_of_a_narrow_base_are_checked_layer_by_layer(
+    tmp_path: Path, stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tandem.model import load_model as loading
+
+    narrow = make_model_folder(tmp_path / "narrow", dtype=torch.bfloat16)
+    whole = ["norm", "embed_tokens", "gate_proj"]
+    make_adapter(narrow, tmp_path / "adapter", modules_to_save=whole)
+    merged = run_merge(
+        merge_job(narrow, tmp_path / "adapter", tmp_path / "merged", dtype="float32"),
+        Console(quiet=True),
+    )
+    summary = json.loads((merged / "summary.json").read_text())
+    assert summary["checked"] == "layer by layer"
+    assert summary["logp_difference"] < 1e-5 < summary["adapter_effect"]
+    if stored:
+        monkeypatch.setattr(loading, "_COMFORTABLE", 0.0)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        chat = load_for_inference(str(tmp_path / "adapter"), "cpu")[0](input_ids=ids).logits
+        wanted = load_for_inference(str(merged), "cpu")[0](input_ids=ids).logits
+    torch.testing.assert_close(chat, wanted, rtol=0, atol=2e-5)
+
+
+def test_a_head_that_was_trained_as_a_whole_is_scored(base: Path, tmp_path: Path) -> None:
+    from tandem.model.logprobs.output_head import head_of
+
+    make_adapter(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    adapted = load_adapter(load_model(base, dtype=torch.float32), tmp_path / "adapter")
+    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(head_of(adapted).weight, trained["base_model.model.lm_head.weight"])
+    with adapted.disable_adapter():
+        own = load_file(base / "model.safetensors")["lm_head.weight"]
+        assert torch.equal(head_of(adapted).weight, own)

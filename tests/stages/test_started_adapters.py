@@ -23,8 +23,9 @@ from tandem.model.model_folder import load_config
 from tandem.pipeline.preflight import check_inputs
 from tandem.plan.model_shape import described, shape_of
 from tandem.recipe.data_source import DataSource
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import DpoSettings, LoraSettings, SftSettings
+from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.finished import training_is_finished
 from tandem.stages.merge import run_merge
 from tandem.storage.atomic_files import read_json, read_jsonl
@@ -283,7 +284,9 @@ def test_it_is_said_which_adapter_goes_on(
 def test_what_is_printed_can_be_read_again() -> None:
     settings = DpoSettings(lora=started(Path("runs/x"), alpha=3.0))
     dumped = settings.model_dump(mode="json")
-    assert dumped["lora"] == {"alpha": 3.0, "dropout": 0.0, "plus_ratio": 1.0, "from": "runs/x"}
+    assert dumped["lora"] == {
+        "alpha": 3.0, "dropout": 0.0, "plus_ratio": 1.0, "init": "zero", "from": "runs/x",
+    }  # fmt: skip
     assert DpoSettings.model_validate(dumped) == settings
 
 

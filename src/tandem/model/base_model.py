@@ -94,50 +94,6 @@ def load_base_info(
     return BaseModelInfo(run.model, folder, config, tokenizer, template, added)
 
 
-def check_start(
-    run: RunSettings, section: TrainingSettings, info: BaseModelInfo, *, weights: bool = True
-) -> None:
-    """Raise UserError for an adapter to go on with (`lora.from`) that is not one of this base.
-
-    It was trained on other weights (if there are `weights`), on a base in 4 bits where this one is
-    not, or with the rows of other tokens; or the settings say what it is not.
-    """
-    if section.lora.start is None:
-        return
-    from tandem.model.lora.adapter import added_ids_of_folder
-    from tandem.model.lora.adapter_folder import require_plain
-    from tandem.model.lora.started import started_config
-    from tandem.model.quantize import read_record
-
-    folder = Path(section.lora.start)
-    require_plain(folder)
-    started_config(section.lora)
-    if weights:
-        check_started_on(section, info.name, info.folder)
-    record = read_record(folder)
-    if record is not None and run.quantization != record.format:
-        raise UserError(
-            f"lora.from: {folder} was trained on a base in 4 bits; set quantization: "
-            f"{record.format}, or merge it and train a new adapter on the merged model"
-        )
-    rows, named = added_ids_of_folder(folder), sorted(info.added.ids)
-    if rows != named:
-        raise UserError(
-            f"lora.from: {folder} trains the rows of the tokens {info.named(rows)}, and this stage "
-            f"those of {info.named(named)}: name the same in added_tokens"
-        )
-
-
-def check_started_on(section: TrainingSettings, name: str, base: Path) -> None:
-    """Raise UserError for an adapter to go on with that was trained on other weights than a base's.
-
-    `name` is what the run calls the base.
-    """
-    if section.lora.start is not None:
-        way_out = "Name the model that it was trained on, or train a new adapter."
-        check_weights(Path(section.lora.start), name, hash_weights(base), f"lora.from: {way_out}")
-
-
 def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weights: bool) -> None:
     """Raise UserError for a base model on which one of the training stages could not run.
 
@@ -148,8 +104,8 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
     check_unquantized(folder, config)
     for name, section in sections.items():
         check_context(config, section.max_length, folder, f"{name}.max_length")
-    from tandem.model.added_tokens import embedding_names, make_missing_rows
-    from tandem.model.lora.adapter import LoraWeights, added_ids_of_folder
+    from tandem.model.added_tokens import embedding_names
+    from tandem.model.lora.described import described_adapter
     from tandem.model.lora.targets import adapted_weights, check_targets, refused_modules
 
     model = model_without_weights(config)
@@ -163,10 +119,7 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
             check_targets(model, targets, refused, f"{name}.lora.target_modules")
         if weights:
             try:
-                described = model_without_weights(config)
-                if section.lora.start is not None:
-                    make_missing_rows(described, added_ids_of_folder(Path(section.lora.start)))
-                adapted = LoraWeights(section.lora).attach(described, unreached=refused)
+                adapted = described_adapter(config, section.lora)
             except UserError as error:  # about a key of its section lora
                 raise UserError(f"{name}.{error}") from None
             changed += adapted_weights(adapted)

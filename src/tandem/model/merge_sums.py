@@ -14,7 +14,13 @@ from transformers import AutoConfig
 from tandem.errors import UserError
 from tandem.model.cpu.c_kernels import low_rank_sum
 from tandem.model.cpu.onednn_linear import product
-from tandem.model.lora.adapter_folder import ExpertsUpdate, LowRankUpdate, NewRows, Update
+from tandem.model.lora.adapter_folder import (
+    ExpertsUpdate,
+    LowRankUpdate,
+    NewRows,
+    Update,
+    WholeWeight,
+)
 from tandem.model.quantize import Quantized
 from tandem.model.shard_writer import TensorKind
 from tandem.model.weight_files import HEADS, Header, Part
@@ -146,8 +152,23 @@ def _replace(name: str, weight: Tensor, rows: NewRows, dtype: torch.dtype) -> Te
     return grown
 
 
+def _instead(name: str, weight: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The adapter's own weight."""
+    if values.shape != weight.shape:
+        raise UserError(
+            f"{name} has shape {tuple(weight.shape)} in the base and {tuple(values.shape)} in the "
+            "adapter, which trained it as a whole: is this the model it was trained on?"
+        )
+    if not torch.isfinite(rounded := values.to(dtype)).all():
+        raise UserError(f"{name} is not finite after merging into {dtype}")
+    return rounded.contiguous()
+
+
 def _add(
-    name: str, weight: Tensor, update: LowRankUpdate | NewRows | None, dtype: torch.dtype
+    name: str,
+    weight: Tensor,
+    update: LowRankUpdate | NewRows | WholeWeight | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     target = dtype if weight.is_floating_point() else weight.dtype
     if update is None:
@@ -156,6 +177,8 @@ def _add(
         raise UserError(f"{name} is stored as {weight.dtype}; merge into unquantised weights")
     if isinstance(update, NewRows):
         return _replace(name, weight, update, target)
+    if isinstance(update, WholeWeight):
+        return _instead(name, weight, update.values, target)
     shape = (update.b.shape[0], update.a.shape[1])
     if update.transposed:
         shape = shape[::-1]

@@ -31,6 +31,9 @@ def layers_of(model: Any) -> list[nn.Module]:
 
 
 def plain_head(layer: Any) -> Any:
-    """A model's output layer without the wrapper that trains some of its rows."""
+    """A model's output layer without the wrapper that trains some of its rows, or a copy of it."""
+    copies = getattr(layer, "_modules", {}).get("modules_to_save")
+    if copies is not None:
+        return layer.original_module if layer.disable_adapters else copies[layer.active_adapters[0]]
     wrapped = getattr(layer, "token_adapter", None)
     return layer if wrapped is None else wrapped.base_layer

@@ -210,7 +210,8 @@ def _local(sources: Sequence[DataSource]) -> list[DataSource]:
 
 def _check_trained(asked: Recipe, begins: TrainingSettings | None) -> None:
     """Check the base model of the training stages; one on the Hub only if it `begins` the run."""
-    from tandem.model.base_model import check_base, check_started_on
+    from tandem.model.base_model import check_base
+    from tandem.stages.training.adapter_checks import check_started_on
 
     named = {"sft": asked.sft, "dpo": asked.dpo}
     sections = {name: section for name, section in named.items() if section is not None}

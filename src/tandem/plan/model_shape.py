@@ -18,6 +18,7 @@ from tandem.model.added_tokens import make_rows
 from tandem.model.attention.packing_probe import declared_obstacle
 from tandem.model.full.full_weights import FullWeights
 from tandem.model.lora.adapter import LoraWeights
+from tandem.model.lora.principal import beginnings
 from tandem.model.lora.targets import refused_modules, unreached_layers
 from tandem.model.model_folder import model_without_weights
 from tandem.model.unwrap import plain_head, plain_model
@@ -44,6 +45,7 @@ class ModelShape:
     in_linear: int  # parameters in linear layers other than the head, which quantization packs
     plain: int  # those of them in torch's own linear layers, whose weights a CPU may order
     decomposed: int  # outputs of layers with DoRA, of which a token keeps each once more
+    kept: int  # numbers that the adapter began as and is saved with; not trained
     largest_layer: int  # parameters of the largest layer, which sharded engines gather at once
     # of the decoder
     hidden: int
@@ -107,15 +109,20 @@ def shape_of(model: Any) -> ModelShape:
     share = _reached(text)
     linear = adapter = 0.0
     in_linear = plain = 0
+    # A layer that began as a part of its weight multiplies with its beginning as well.
+    kept = sum(began.a.numel() + began.b.numel() for began in beginnings(base))
+    again = 2 if kept else 1
     for name, module in base.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or module is head:
             continue
         if ".lora_" in name and not module.weight.requires_grad:
             continue  # an adapter that is kept as it was
+        if ".modules_to_save." in name:
+            continue  # computes in place of the one that it was copied from
         size = _size(module)
         reached = size * (share if "experts" in name else 1.0)
         if ".lora_" in name:
-            adapter += reached
+            adapter += reached * again
         else:
             linear += reached
             in_linear += size
@@ -129,7 +136,8 @@ def shape_of(model: Any) -> ModelShape:
             parameters += size if full else 0
             edges += sum(parameter.shape) if parameter.dim() == 2 else 0
             decomposed += size if "lora_magnitude_vector" in name else 0
-        if ".lora_" in name or (parameter.requires_grad and not full):
+        beside = ".lora_" in name or ".modules_to_save." in name
+        if beside or (parameter.requires_grad and not full):
             continue
         parameters += 0 if full else size
         layer = _LAYER.match(name)
@@ -148,6 +156,7 @@ def shape_of(model: Any) -> ModelShape:
         in_linear=in_linear,
         plain=plain,
         decomposed=decomposed,
+        kept=kept,
         largest_layer=max(layers.values()),
         hidden=int(text.hidden_size),
         layers=int(text.num_hidden_layers),

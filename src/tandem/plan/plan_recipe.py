@@ -18,7 +18,7 @@ from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import UserError
 from tandem.integrations.choose import choose_device, pieces_of
 from tandem.model.added_tokens import check_added
-from tandem.model.base_model import check_base, check_start, load_base_info
+from tandem.model.base_model import check_base, load_base_info
 from tandem.model.model_folder import model_folder
 from tandem.plan.model_shape import Described, ModelShape, described
 from tandem.plan.rate import product_rate, recorded_rate
@@ -38,6 +38,7 @@ from tandem.recipe.recipe import PipelineStage, Recipe, stages_of
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.recipe.unmeant import unmeant
 from tandem.runtime.device import Device
+from tandem.stages.training.adapter_checks import check_start
 from tandem.stages.training.execution import copies_fit
 from tandem.stages.training.trainer_setup import saved_every
 from tandem.stages.training.training_data import StageReader, TrainingData

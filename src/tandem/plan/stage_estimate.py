@@ -109,7 +109,7 @@ def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) ->
     added = 0 if sharded or not shape.full else trained
     return Memory(
         weights=int(weights) + (of_process if shape.full else 0),
-        adapter=0 if shape.full else of_process,
+        adapter=(0 if shape.full else of_process) + shape.kept * _TRAINED_BYTES,
         gradients=trained // share + added,
         optimizer=int(state_bytes(shape, use.optimizer)) // share,
         activations=int(use.tokens * per_token),
@@ -138,7 +138,8 @@ def disk_of(
     A checkpoint is written every `save_steps` and at the end; `save_total_limit` of them stay.
     """
     keep = settings.save_total_limit
-    adapter = shape.trained * _TRAINED_BYTES
+    trained = shape.trained * _TRAINED_BYTES
+    adapter = trained + shape.kept * _TRAINED_BYTES
     left = shape.parameters * merged_bytes
     kept = -(-steps // save_steps)
     kept = kept if keep is None else min(kept, keep)

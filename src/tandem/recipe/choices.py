@@ -23,6 +23,8 @@ Scheduler = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "wsd", "polynomial"
 ]  # fmt: skip
 
+LoraInit = Literal["zero", "pissa", "pissa_fast"]
+
 RecordKind = Literal["conversations", "preference pairs", "labelled answers"]
 Role = Literal["system", "user", "assistant", "tool"]
 Completions = Literal["best_vs_worst", "best_vs_rest", "all_pairs", "best_vs_all", "ranked"]

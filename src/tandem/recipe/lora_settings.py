@@ -11,13 +11,16 @@ from pydantic import (
     PositiveFloat,
     SerializerFunctionWrapHandler,
     model_serializer,
+    model_validator,
 )
 
+from tandem.recipe.choices import LoraInit
 from tandem.recipe.section import PathText, Positive, Section
 
 # Keys that an adapter has already with which training goes on.
 FIXED = frozenset({
     "rank", "alpha", "target_modules", "rank_pattern", "alpha_pattern", "rslora", "dora",
+    "modules_to_save",
 })  # fmt: skip
 
 
@@ -64,6 +67,16 @@ class LoraSettings(Section):
     plus_ratio: PositiveFloat = Field(
         default=1.0, description="B's learning rate is so many times A's (LoRA+)."
     )
+    init: LoraInit = Field(
+        default="zero",
+        description="How A and B begin: with B at zero; or as the principal part of each weight "
+        "(PiSSA), by a singular value decomposition, or by a fast approximation of it.",
+    )
+    modules_to_save: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="Ends of the names of modules that are trained as a whole, such as `norm` or "
+        "`embed_tokens`.",
+    )
     # `from` is a word of Python's own, so that no field can be written under this name.
     __annotations__["from"] = PathText | None
     locals()["from"] = Field(
@@ -77,6 +90,15 @@ class LoraSettings(Section):
         """The value of the key `from`."""
         start: str | None = getattr(self, "from")
         return start
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LoraSettings:
+        if self.start is not None and self.init != "zero":
+            raise ValueError(
+                f"init {self.init} has no effect on an adapter that is there already (from); "
+                "remove one of the two"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _without_defaults_that_do_not_act(

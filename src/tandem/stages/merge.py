@@ -14,11 +14,12 @@ from rich.console import Console
 from tandem.data.tokenize.chat_template import find_ending, resolve_template
 from tandem.errors import UserError
 from tandem.integrations.choose import choose_device
+from tandem.model.added_tokens import embedding_names
 from tandem.model.base_model import check_weights
 from tandem.model.companion_files import copy_surroundings, write_ends, write_templates
 from tandem.model.layer_walk import CannotWalkError, walk
 from tandem.model.lora.adapter_config import read_config
-from tandem.model.lora.adapter_folder import NewRows, Update, read_updates, whole_weights
+from tandem.model.lora.adapter_folder import NewRows, Update, copied_weights, read_updates
 from tandem.model.merge_weights import MergedShards, added, vocabulary_grown
 from tandem.model.model_folder import (
     QUANTIZATION,
@@ -124,7 +125,7 @@ def _look_up(job: MergeJob, log: Log) -> tuple[_Merge, dict[str, Any]]:
     )
     for folder in (base, adapter):
         check_made(folder, lambda text: log(text, "yellow"))
-    _check_head(adapter, base, work.updates)
+    _check_head(adapter, base, work)
     inputs = merge_inputs(job, base)
     _check_base(adapter, job.run.model, inputs["base"]["weights"], force=job.force)
     return work, inputs
@@ -213,7 +214,7 @@ class _Merge:
 
 def _report_result(log: Log, work: _Merge, checked: _Checked) -> None:
     """Log which weights were not merged, how the others were checked, and what was lost."""
-    for name in whole_weights(work.adapter):
+    for name in copied_weights(work.adapter):
         log(f"{name} in {work.adapter} is skipped: it equals the base's own")
     if checked.how != "layer by layer":
         log(f"checked {checked.how}, not layer by layer ({checked.why})")
@@ -242,16 +243,18 @@ def _settle_template(base: Path, folder: Path, choice: str | None, log: Log) -> 
         log(change)
 
 
-def _check_head(adapter: Path, base: Path, updates: dict[str, Update]) -> None:
-    """Raise UserError for an adapter on a head that shares its weights with the input embedding."""
-    heads = (name for name in updates if name.endswith(HEADS))
-    adapted = [name for name in heads if not isinstance(updates[name], NewRows)]
-    if adapted and load_config(base).get_text_config().tie_word_embeddings:
-        raise UserError(
-            f"{adapter} changes the output head ({adapted[0]}), whose weights {base} shares with "
-            "its input embedding, so that no merged model has both. Serve it without a merge, or "
-            "train one that leaves the head out."
-        )
+def _check_head(adapter: Path, base: Path, work: _Merge) -> None:
+    """Raise UserError for an adapter on one of head and input embedding, which share weights."""
+    if not work.config.get_text_config().tie_word_embeddings:
+        return
+    shared = tuple(f"{name}.weight" for name in embedding_names(work.model))
+    for name, update in work.updates.items():
+        if name.endswith((*HEADS, *shared)) and not isinstance(update, NewRows):
+            raise UserError(
+                f"{adapter} changes {name}, whose weights output head and input embedding of "
+                f"{base} share, so that no merged model has both. Serve it without a merge, or "
+                "train one that leaves it out."
+            )
 
 
 def _check_base(adapter: Path, base: str, weights: str, *, force: bool) -> None:

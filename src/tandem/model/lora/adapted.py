@@ -32,6 +32,28 @@ class LowRank:
     scale: float
 
 
+class Began:
+    """What a layer's A and B began as, where that is a part of its weight; see `principal`."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.a, self.b = a, b  # [r, K] and [N, r]
+
+    def near(self, other: Tensor) -> Began:
+        """Both on the device, and in the dtype, of another tensor."""
+        if (self.a.device, self.a.dtype) != (other.device, other.dtype):
+            self.a, self.b = (
+                self.a.to(other.device, other.dtype),
+                self.b.to(other.device, other.dtype),
+            )
+        return self
+
+
+def began_of(layer: Any) -> Began | None:
+    """What an adapted layer's matrices began as; None where B began at zero."""
+    began: Began | None = layer.__dict__.get("began")
+    return began
+
+
 def adapted_layers(model: nn.Module) -> Iterator[Any]:
     """The linear layers with an adapter; experts, whose parameters are adapted, are none."""
     for layer in model.modules():
@@ -42,7 +64,8 @@ def adapted_layers(model: nn.Module) -> Iterator[Any]:
 def fuse_low_rank(model: nn.Module) -> None:
     """Let adapted layers add the low-rank part inside its product, where that is faster.
 
-    Layers with DoRA compute in their own way everywhere, see `_decomposed`.
+    Layers with DoRA, and those that began as a part of their weight, compute in their own way
+    everywhere.
     """
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
@@ -50,7 +73,9 @@ def fuse_low_rank(model: nn.Module) -> None:
     for layer in adapted_layers(model):
         if layer.lora_magnitude_vector:
             layer.forward = partial(_decomposed, layer, RowNorms(layer.base_layer), layer.forward)
-        elif isinstance(layer, LoraLinear) and type(layer.base_layer) is nn.Linear:
+        elif began_of(layer) or (
+            isinstance(layer, LoraLinear) and type(layer.base_layer) is nn.Linear
+        ):
             layer.forward = partial(_adapted, layer, layer.forward)
 
 
@@ -68,14 +93,32 @@ def _cast_unless_autocast(cast: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _low_rank(layer: Any, name: str) -> LowRank:
-    return LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    """What an adapter adds to a layer's weight.
+
+    Where it began as a part of the weight that is B @ A - B0 @ A0, put so that nothing large is
+    taken from something large: B @ (A - A0) + (B - B0) @ A0.
+    """
+    down, up, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    if (began := began_of(layer)) is None:
+        return LowRank(down, up, scale)
+    first = began.near(down)
+    return LowRank(
+        torch.cat([down - first.a, first.a]), torch.cat([up, up - first.b], dim=1), scale
+    )
 
 
 def _adapted(layer: Any, plain: Any, x: Tensor) -> Tensor:
     name = acting(layer)
-    if name is None or name not in layer.lora_A or not takes_frozen(x, layer.base_layer):
+    if name is None or name not in layer.lora_A:
         return plain(x)
-    return _fused(layer, x, layer.lora_dropout[name](x), _low_rank(layer, name))
+    fused = type(layer.base_layer) is nn.Linear and takes_frozen(x, layer.base_layer)
+    if not fused and began_of(layer) is None:
+        return plain(x)
+    low, dropped = _low_rank(layer, name), layer.lora_dropout[name](x)
+    if fused:
+        return _fused(layer, x, dropped, low)
+    result: Tensor = layer.base_layer(x)
+    return (result + _added(layer, dropped, low)).to(result.dtype)
 
 
 def _fused(layer: Any, x: Tensor, dropped: Tensor, low: LowRank) -> Tensor:
@@ -130,7 +173,7 @@ class RowNorms:
     def of(self, low: LowRank) -> Tensor:
         """The lengths with the low-rank part as it is now, in its dtype."""
         with torch.no_grad(), torch.autocast(low.down.device.type, enabled=False):
-            weight = _dense(self._base)
+            weight = dense_weight(self._base)
             if self._squares is None:
                 self._squares = _square_sums(weight, low.down.dtype)
             # product widens weights that are stored narrow, on a CPU
@@ -153,14 +196,14 @@ def start_lengths(model: nn.Module, name: str = "default") -> None:
         length = layer.lora_magnitude_vector[name].weight
         dtype = layer.lora_A[name].weight.dtype
         with torch.no_grad(), weights_of_module(model, layer.base_layer):
-            length.data = _square_sums(_dense(layer.base_layer), dtype).sqrt()
+            length.data = _square_sums(dense_weight(layer.base_layer), dtype).sqrt()
 
 
 def _square_sums(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
 
 
-def _dense(base: Any) -> Tensor:
+def dense_weight(base: Any) -> Tensor:
     """A layer's frozen weight as [N, K], in the dtype that it has in memory."""
     if isinstance(base, Conv1D):
         weight: Tensor = base.weight.T

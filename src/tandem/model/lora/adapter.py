@@ -21,6 +21,19 @@ from tandem.model.lora.adapted import start_lengths
 from tandem.model.lora.adapter_config import read_config
 from tandem.model.lora.adapter_folder import check_copies, read_updates
 from tandem.model.lora.forward import DropoutKeys, KeyedDropout
+from tandem.model.lora.principal import (
+    begin_principal,
+    doubled,
+    take_beginnings,
+    with_beginnings,
+)
+from tandem.model.lora.saved_modules import (
+    check_saved,
+    fitting,
+    saved_linear,
+    settle_copies,
+    trains_head,
+)
 from tandem.model.lora.started import (
     START,
     acting_alone,
@@ -103,14 +116,29 @@ class LoraWeights:
             )
         if not everywhere:
             check_targets(model, wanted.target_modules, unreached)
+        whole = wanted.modules_to_save
+        check_saved(model, whole, () if everywhere else wanted.target_modules, unreached)
+        if added_ids and model.get_input_embeddings() in fitting(model, whole).values():
+            raise UserError(
+                "lora.modules_to_save: the embedding is trained as a whole, and added_tokens "
+                "trains rows of it; name it in one of the two"
+            )
         torch.manual_seed(self.seed)
         with _quiet(), as_float32(model), self._explained():
             wrapped = get_peft_model(model, self._config(model, unreached, added_ids))
+        settle_copies(wrapped)
         config = wrapped.peft_config["default"]
         for key in ("rank_pattern", "alpha_pattern"):
             check_patterns(wrapped, key, getattr(wanted, key))
             setattr(config, key, without_order(wrapped, getattr(config, key)))
         start_lengths(wrapped)
+        if wanted.init != "zero":
+            if adapts_experts(wrapped):
+                raise UserError(
+                    f"lora.init: {wanted.init} is not for the experts of a mixture, whose weights "
+                    "are one tensor; leave them out of lora.target_modules, or remove lora.init"
+                )
+            begin_principal(wrapped, wanted.init)
         return wrapped
 
     def _started(self, model: Any, log: Log) -> Any:
@@ -130,9 +158,10 @@ class LoraWeights:
                         "train a new adapter on the merged model."
                     )
                 wrapped.add_adapter(START, copied)
-        if isinstance(model.get_output_embeddings(), LoraLayer):
+        settle_copies(wrapped)
+        if isinstance(model.get_output_embeddings(), LoraLayer) or trains_head(wrapped):
             raise UserError(
-                f"lora.from: {folder} adapts the output head, which cannot be trained. Merge it, "
+                f"lora.from: {folder} changes the output head, which cannot be trained. Merge it, "
                 "and train a new adapter on the merged model."
             )
         for name in wrapped.peft_config:
@@ -146,10 +175,16 @@ class LoraWeights:
     def save(self, model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write adapter_config.json, adapter_model.safetensors, and how the base is quantised."""
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        model.save_pretrained(
-            str(folder), state_dict=weights, save_embedding_layers=False,
-            selected_adapters=["default"],
-        )  # fmt: skip
+        weights, config = with_beginnings(model, weights), model.peft_config["default"]
+        if self.settings.init != "zero":
+            model.peft_config["default"] = doubled(config)
+        try:
+            model.save_pretrained(
+                str(folder), state_dict=weights, save_embedding_layers=False,
+                selected_adapters=["default"],
+            )  # fmt: skip
+        finally:
+            model.peft_config["default"] = config
         # peft adds a model card made of placeholders.
         (folder / "README.md").unlink(missing_ok=True)
         write_record(model, folder)
@@ -169,7 +204,8 @@ class LoraWeights:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        tensors = take_beginnings(model, load_file(folder / "adapter_model.safetensors"))
+        result = set_peft_model_state_dict(model, tensors)
         if result.unexpected_keys:
             raise UserError(
                 f"{folder} holds parameters this adapter lacks: {result.unexpected_keys[:3]}"
@@ -196,6 +232,7 @@ class LoraWeights:
     ) -> LoraConfig:
         wanted = self.settings
         everywhere = wanted.target_modules == "all-linear"
+        left_out = [*unreached, *saved_linear(model, wanted.modules_to_save)]
         return LoraConfig(
             r=wanted.rank,
             lora_alpha=wanted.alpha,
@@ -206,7 +243,8 @@ class LoraWeights:
             use_rslora=wanted.rslora,
             use_dora=wanted.dora,
             target_modules="all-linear" if everywhere else list(wanted.target_modules),
-            exclude_modules=list(unreached) if unreached and everywhere else None,
+            exclude_modules=left_out if left_out and everywhere else None,
+            modules_to_save=list(wanted.modules_to_save) or None,
             bias="none",
             task_type="CAUSAL_LM",
             # GPT-2's layers store their weights [in, out].
@@ -255,6 +293,8 @@ def wrap_with_saved(model: Any, folder: Path) -> Any:
     try:
         with _quiet(), as_float32(model):
             adapted = PeftModel.from_pretrained(model, str(folder))
+    except KeyError as error:  # peft's, of a module that was trained as a whole
+        raise UserError(f"{folder} does not fit its base model: it lacks {error}") from None
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
     check_fits(adapted, folder)

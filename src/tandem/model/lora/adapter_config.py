@@ -21,7 +21,6 @@ WITH_PEFT = (
 )
 # Settings with which an adapter is more than sums of low rank, or acts on some inputs alone.
 _MORE = {
-    "modules_to_save": "trained whole modules as well",
     "lora_bias": "has biases of its own",
     "layer_replication": "repeats layers of its base",
     "alora_invocation_tokens": "acts only behind its invocation tokens (aLoRA)",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tandem.errors import UserError
-from tandem.model.lora.adapter_config import WITH_PEFT, read_config
+from tandem.model.lora.adapter_config import WITH_PEFT, read_config, read_config_values
 from tandem.model.model_folder import first_line
 from tandem.model.quantize import read_record
 from tandem.model.weight_files import opened
@@ -99,14 +99,24 @@ class NewRows:
     values: Tensor
 
 
-Update = LowRankUpdate | ExpertsUpdate | NewRows
+@dataclass(frozen=True)
+class WholeWeight:
+    """A weight of a module that was trained as a whole, in place of the base's."""
+
+    plain = True  # see LowRankUpdate
+
+    values: Tensor
+
+
+Update = LowRankUpdate | ExpertsUpdate | NewRows | WholeWeight
 
 
 def read_updates(adapter: Path, model: Any = None) -> dict[str, Update]:
     """The updates of a LoRA adapter folder by the name of the base weight they belong to.
 
-    Rows of added tokens are among them; whole weights, which peft may put beside an adapter, are
-    not. Where experts are adapted, `model` is the base, its weights on any device.
+    Rows of added tokens are among them, and the weights of modules that were trained as a whole;
+    copies of the base's weights, which peft may put beside an adapter, are not. Where experts are
+    adapted, `model` is the base, its weights on any device.
 
     Raises UserError for adapters whose effect is not a plain low-rank update of weights.
     """
@@ -140,6 +150,8 @@ def read_updates(adapter: Path, model: Any = None) -> dict[str, Update]:
             if len(ids) != len(values):
                 raise UserError(f"{file.path}: {name} has {len(values)} rows for {len(ids)} tokens")
             updates[f"{module}.weight"] = NewRows(ids, values)
+        for name in sorted(file.saved):
+            updates[name.removeprefix(_PREFIX)] = WholeWeight(file.tensor(name))
     return updates
 
 
@@ -151,31 +163,32 @@ def require_plain(adapter: Path) -> None:
 
 
 def update_names(adapter: Path) -> list[str]:
-    """The names of the tensors in an adapter's file, whole weights left out."""
+    """The names of the tensors in an adapter's file, copies of the base's weights left out."""
     with _opened(adapter) as file:
-        return sorted(set(file.names).difference(_whole(file.names)))
+        return sorted(set(file.names) - file.copies)
 
 
 def read_tensors(adapter: Path) -> dict[str, Tensor]:
-    """The tensors in an adapter's file by their names there, whole weights left out."""
+    """The tensors in an adapter's file by their names there, copies left out."""
     with _opened(adapter) as file:
-        return {name: file.tensor(name) for name in set(file.names).difference(_whole(file.names))}
+        return {name: file.tensor(name) for name in set(file.names) - file.copies}
 
 
-def whole_weights(adapter: Path) -> dict[str, Tensor]:
-    """The whole weights in an adapter's file by the base's names; peft copies embeddings there."""
+def copied_weights(adapter: Path) -> dict[str, Tensor]:
+    """Copies of the base's weights in an adapter's file, by their names in the base.
+
+    peft puts embeddings there.
+    """
     with _opened(adapter) as file:
-        return {
-            name.removeprefix(_PREFIX): file.tensor(name) for name in sorted(_whole(file.names))
-        }
+        return {name.removeprefix(_PREFIX): file.tensor(name) for name in sorted(file.copies)}
 
 
 def check_copies(adapter: Path, own: Callable[[str], Tensor | None]) -> list[str]:
-    """The names of the whole weights in an adapter's file; UserError for one unlike the base's.
+    """The names of the copies in an adapter's file; UserError for one unlike the base's weight.
 
     `own` gives the base's weights by their names.
     """
-    copies = whole_weights(adapter)
+    copies = copied_weights(adapter)
     for name, values in copies.items():
         weight = own(name)
         if weight is None or not _same(weight.detach(), values):
@@ -194,14 +207,10 @@ def _same(own: Tensor, copy: Tensor) -> bool:
     return torch.equal(own.cpu().to(dtype), copy.to(dtype))
 
 
-def _whole(names: list[str]) -> list[str]:
-    return [
-        name
-        for name in names
-        if name.startswith(_PREFIX)
-        and name.endswith(".weight")
-        and not re.search(r"\.(lora_|token_adapter\.|modules_to_save\.|base_layer\.)", name)
-    ]
+def _of_the_base(names: Iterable[str]) -> set[str]:
+    """The names that are those of weights of a base."""
+    inner = r"\.(lora_|token_adapter\.|modules_to_save\.|base_layer\.)"
+    return {n for n in names if n.startswith(_PREFIX) and not re.search(inner, n)}
 
 
 def _wrapped(target: str, config: Any, model: Any) -> tuple[str, Any, bool] | None:
@@ -269,13 +278,22 @@ class _Tensors:
         self.path = path
         self._source = source
         self.names: list[str] = list(source.keys())
+        whole = read_config_values(path.parent).get("modules_to_save") or ()
+        of_the_base = _of_the_base(self.names)
+        # weights of modules that were trained as a whole
+        self.saved = (
+            {name for name in of_the_base if name.rpartition(".")[0].endswith(tuple(whole))}
+            if whole
+            else set[str]()
+        )
+        self.copies = {n for n in of_the_base - self.saved if n.endswith(".weight")}
         if any(".lora_embedding_" in name for name in self.names):
             raise UserError(
                 f"{path.parent} changes embeddings by low-rank updates, which tandem does not add. "
                 f"{WITH_PEFT}."
             )
         strange = {name for name in self.names if not re.search(_KNOWN, name)}
-        if strange := strange.difference(_whole(self.names)):
+        if strange := strange - self.saved - self.copies:
             raise UserError(f"{path} holds tensors that are no LoRA update: {sorted(strange)[:3]}")
 
     def tensor(self, name: str) -> Tensor:

@@ -70,7 +70,9 @@ def load_into(model: Any, folder: Path, name: str = "default") -> None:
     """Give one of a model's adapters the weights of a folder; UserError where they do not fit."""
     try:
         set_peft_model_state_dict(model, read_tensors(folder), adapter_name=name)
-    except (RuntimeError, KeyError) as error:
+    except KeyError as error:  # peft's, of a module that was trained as a whole
+        raise UserError(f"{folder} does not fit its base model: it lacks {error}") from None
+    except RuntimeError as error:
         raise UserError(f"{folder} does not fit its base model: {error}") from None
     check_fits(model, folder, name)
 

@@ -17,6 +17,7 @@ load_bitsandbytes()  # before peft does, which would print its messages
 
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
+from peft.utils.other import ModulesToSaveWrapper  # noqa: E402
 
 # Model types whose `out_proj` peft does not adapt, because fused kernels read its weight.
 _FUSED = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
@@ -160,6 +161,8 @@ def adapted_weights(model: nn.Module) -> list[str]:
             names.append(_parameter_name(own, module))
         elif isinstance(module, LoraLayer) or hasattr(module, "token_adapter"):
             names.append(f"{own}.weight")
+        elif isinstance(module, ModulesToSaveWrapper):
+            names += [f"{own}.{each}" for each, _ in module.original_module.named_parameters()]
     return names
 
 

@@ -16,6 +16,7 @@ from tandem.model.elementwise import Compiling, settle_compile_caches
 from tandem.model.full.full_weights import training_dtype
 from tandem.model.load_model import load_in_layers, load_model
 from tandem.model.logprobs.sequence_logps import sequence_logps
+from tandem.model.lora.principal import share_beginnings
 from tandem.model.lora.targets import adapted_weights
 from tandem.model.model_folder import model_without_weights
 from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
@@ -62,6 +63,7 @@ def set_up_model(
         reordered=execution["ordered_weights"],
     )
     model = processes.on_all(lambda: prepare_model(base, FOR_TRAINING, preparation, context.log))
+    share_beginnings(model, processes)
     if context.weights.leaves == "adapter":
         described = model_without_weights(context.base.config)
         processes.on_all(lambda: check_sums(context.base.folder, described, adapted_weights(model)))

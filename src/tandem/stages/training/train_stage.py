@@ -17,7 +17,7 @@ from tandem.data.batching.sampler import StepSampler
 from tandem.data.resolve_sources import held_out_sources, resolve_sources
 from tandem.integrations.choose import device_of, idle_settings
 from tandem.model.added_tokens import check_added
-from tandem.model.base_model import BaseModelInfo, check_start, load_base_info
+from tandem.model.base_model import BaseModelInfo, load_base_info
 from tandem.model.elementwise import Compiling
 from tandem.model.model_folder import model_folder
 from tandem.recipe.jobs import TrainingJob
@@ -26,6 +26,7 @@ from tandem.runtime.console import StageProgress, log, say_finished
 from tandem.runtime.launch import launched
 from tandem.runtime.process_group import join
 from tandem.stages.finished import training_inputs
+from tandem.stages.training.adapter_checks import check_adapter, check_start
 from tandem.stages.training.context import (
     BuiltObjective,
     ObjectiveInputs,
@@ -112,6 +113,7 @@ def _look_up(
     )
     base = processes.on_all(lambda: load_base_info(run, folder, settings.max_length))
     processes.on_all(lambda: check_start(run, settings, base))
+    processes.on_all(lambda: check_adapter(settings, base))
     return TrainContext(stage, job, engine, console, base, sources, held_out)
 
 
