@@ -40,6 +40,7 @@ class MemoryUse:
     head_bytes: int  # a block of logits, see `model.logprobs.output_head`
     baseline: int  # what the process holds without a model (on CPU interpreter and libraries)
     optimizer: str = "adamw"  # the recipe's name of it
+    average: bool = False  # whether a moving average of what is trained is kept beside it
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) ->
     share = processes if SHARDS[engine] else 1
     return Memory(
         weights=int(weights),
-        adapter=trained // (processes if sharded else 1),
+        adapter=trained * (1 + use.average) // (processes if sharded else 1),
         gradients=trained // share,
         optimizer=int(state_bytes(shape, use.optimizer)) // share,
         activations=int(use.tokens * per_token),
@@ -138,7 +139,8 @@ def disk_of(
     kept = -(-steps // save_steps)
     kept = kept if keep is None else min(kept, keep)
     # An adapter that is an average stands beside the weights that move.
-    beside = adapter if settings.optimizer in AVERAGING else 0
+    averaged = settings.optimizer in AVERAGING or settings.ema_decay is not None
+    beside = adapter if averaged else 0
     checkpoint = adapter + beside + int(state_bytes(shape, settings.optimizer))
     return Disk(adapter, kept * checkpoint, kept, shape.parameters * merged_bytes)
 
@@ -181,6 +183,7 @@ class StageSetup:
             head_bytes=min(block_bytes(self.device.kind), work.largest * vocabulary * 4),
             baseline=self.baseline,
             optimizer=self.settings.optimizer,
+            average=self.settings.ema_decay is not None,
         )
 
     def rate_key(self, shape: ModelShape) -> RateKey:

@@ -145,6 +145,11 @@ class TrainingSettings(Section):
     max_grad_norm: PositiveFloat | None = Field(
         default=1.0, description="Gradients are clipped to this norm; null: they are not."
     )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Share that a moving average of the trained weights keeps at each step. The "
+        "average is what is scored, and the stage's result; null: none is kept.",
+    )
     lora: LoraSettings = Field(default=LoraSettings(), description="The adapter that is trained.")
     max_length: Positive = Field(
         default=2048,
@@ -244,6 +249,10 @@ class TrainingSettings(Section):
             raise ValueError(
                 "adam_beta1 is 0, where optimizer: schedule_free_adamw would compute gradients at "
                 "weights that are not averaged at all; take adamw, or a larger one"
+            )
+        if self.ema_decay is not None:
+            raise ValueError(
+                "ema_decay averages the weights, as optimizer: schedule_free_adamw does; keep one"
             )
 
     @model_validator(mode="after")

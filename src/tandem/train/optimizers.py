@@ -229,7 +229,7 @@ def load_state(
         like = parameters[name]
         value: Any = tensor
         if isinstance(like, DTensor) and tensor.shape == like.shape:
-            value = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+            value = spread_like(like, tensor)
         elif tensor.dim() == 0 and (key != "step" or not tensor.is_floating_point()):
             # A number: torch would round it to the parameter's format. Its own optimizers count
             # steps in a tensor, which it treats apart.
@@ -254,6 +254,14 @@ def by_parameter(
         split.append((parameter, key, tensor))
     order = {name: number for number, name in enumerate(parameters)}
     return sorted(split, key=lambda item: (order[item[0]], item[1]))
+
+
+def spread_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor on a parameter's device, spread over the processes if that is; a copy."""
+    tensor = tensor.detach().to(parameter.device, copy=True)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

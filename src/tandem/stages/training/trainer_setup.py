@@ -37,6 +37,8 @@ def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor
     """Hand model and optimizer to the engine; `state` has the optimizer's tensors on a resume."""
     engine, settings = context.engine, context.job.settings
     own, live = without_live(state)
+    # The average that a checkpoint holds, as its adapter was loaded.
+    average = {name: p.detach().clone() for name, p in trainable_parameters(model).items() if live}
     if live:
         _put_back(model, live)
     optimizer = partial(
@@ -48,6 +50,10 @@ def prepare_engine(context: TrainContext, model: Any, state: Mapping[str, Tensor
     engine.prepare(model, optimizer, settings.max_grad_norm)
     if own:
         engine.load_optimizer(own)
+    if settings.ema_decay is not None:
+        engine.keep_average(settings.ema_decay, average)
+    if engine.average is not None:
+        context.log("the average of the weights is scored, and becomes the adapter")
 
 
 def _put_back(model: Any, live: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Every optimizer takes the same steps under every engine that it can work in.
+"""Optimizers and averages take the same steps under every engine that they can work in.
 
 All launched work happens in one launch of two processes; each order is compared with one process
 that has all of a step's records in few micro-batches.
@@ -15,24 +15,28 @@ import torch
 
 from tandem.storage.atomic_files import read_json, read_jsonl
 
-from .orders import LIMITS, Done, Order, adapter, distance, drift, started
+from .orders import LIMITS, Done, Order, adapter, copied, distance, drift, started
+from .orders import stopped as stopped_folder
 
 FREE: dict[str, Any] = {"optimizer": "schedule_free_adamw", "lr_scheduler": "constant"}
+SEVERAL = ("ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
 # Where each works in several processes, and in which precision a step's direction is certain: the
 # sign of a number near 0 is not, in float32.
 ENGINES_OF: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "lion": ("float64", ("ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2"), {}),
+    "lion": ("float64", SEVERAL, {}),
     "muon": ("float64", ("ddp",), {}),
     "adafactor": ("float32", ("ddp",), {}),
     "adamw_8bit": ("float32", ("ddp",), {}),
     "schedule_free_adamw": ("float32", ("ddp", "fsdp2"), FREE),
+    "ema": ("float32", SEVERAL, {"optimizer": "adamw", "ema_decay": 0.6}),
 }
+SCORED = ("schedule_free_adamw", "ema")
 
 
 def _order(name: str, engine: str, folder: str) -> Order:
     dtype, _, more = ENGINES_OF[name]
     settings = json.dumps({"optimizer": name, "weight_decay": 0.01, **more})
-    keep = "best" if name == "schedule_free_adamw" else ""
+    keep = "best" if name in SCORED else ""
     return Order("sft", folder, dtype, engine=engine, budget=512, keep=keep, more=settings)
 
 
@@ -46,7 +50,11 @@ IN_TWO = {
 AGAIN = [
     _order("lion", "deepspeed-zero3", "again-lion"),
     _order("schedule_free_adamw", "fsdp2", "again-free"),
+    *(_order("ema", engine, f"again-ema-{engine}") for engine in SEVERAL[1:]),
 ]
+# Stopped after the first step in one process, and finished in two, from a copy.
+ONE = replace(_order("ema", "single", "one-ema"), trouble="SIGTERM")
+MOVED = _order("ema", "deepspeed-zero3", "moved-ema")
 MUON_SPREAD = _order("muon", "fsdp2", "muon-fsdp2")
 
 
@@ -56,7 +64,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     done = started(tmp_path_factory.mktemp("optimizers"))
     done.alone(list(WHOLE.values()))
     stopped = [replace(order, trouble="SIGTERM") for order in AGAIN]
-    done.launched(2, [*IN_TWO, *stopped, *AGAIN, MUON_SPREAD])
+    done.alone([ONE])
+    copied(done.home, stopped_folder(ONE), MOVED.folder)
+    done.launched(2, [*IN_TWO, *stopped, *AGAIN, MOVED, MUON_SPREAD])
     return done
 
 
@@ -64,8 +74,17 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 def test_an_optimizer_ends_with_the_same_parameters_under_every_engine(
     done: Done, order: Order
 ) -> None:
+    _same(done, order, IN_TWO[order])
+
+
+def test_an_average_goes_on_under_another_engine(done: Done) -> None:
+    _same(done, MOVED, "ema")
+    assert "engine single -> deepspeed-zero3" in done.outcomes[MOVED][0].said
+
+
+def _same(done: Done, order: Order, whole: str) -> None:
     assert [outcome.error for outcome in done.outcomes[order]] == ["", ""]
-    found, wanted = (adapter(done.home, folder) for folder in (order.folder, IN_TWO[order]))
+    found, wanted = (adapter(done.home, folder) for folder in (order.folder, whole))
     # What DeepSpeed moves is float32, whatever the model computes in.
     precision = "float32" if "deepspeed" in order.engine else order.dtype
     _, of_parameters, of_drift = LIMITS[precision]
@@ -78,16 +97,19 @@ def test_an_optimizer_ends_with_the_same_parameters_under_every_engine(
 def test_a_run_that_was_stopped_ends_with_the_same_bits(done: Done, order: Order) -> None:
     assert [outcome.error for outcome in done.outcomes[order]] == ["", ""]
     assert "(step 1 of 3)" in done.outcomes[order][0].said
-    name = json.loads(order.more)["optimizer"]
-    found, never = (adapter(done.home, f) for f in (order.folder, f"{name}-{order.engine}"))
+    never_stopped = next(o.folder for o in IN_TWO if replace(o, folder=order.folder) == order)
+    found, never = (adapter(done.home, folder) for folder in (order.folder, never_stopped))
     assert all(torch.equal(found[key], never[key]) for key in never)
 
 
-def test_a_spread_average_is_scored_as_a_whole_one(done: Done) -> None:
+@pytest.mark.parametrize("name", SCORED)
+def test_a_spread_average_is_scored_as_a_whole_one(done: Done, name: str) -> None:
+    again = [order.folder for order in [*AGAIN, MOVED] if order.more == WHOLE[name].more]
+    several = [order.folder for order, whole in IN_TWO.items() if whole == name]
     whole, *spread = (
-        read_jsonl(done.home / folder / "validation.jsonl")
-        for folder in ("schedule_free_adamw", "schedule_free_adamw-fsdp2", "again-free")
+        read_jsonl(done.home / folder / "validation.jsonl") for folder in (name, *several, *again)
     )
+    assert len(spread) in (3, 8)
     assert [line["step"] for line in whole] == [0, 2, 3]
     for lines in spread:
         for line, like in zip(lines, whole, strict=True):
