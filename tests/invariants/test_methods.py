@@ -1,4 +1,4 @@
-"""Optimizers and averages take the same steps under every engine that they can work in.
+"""Optimizers, averages and noise take the same steps under every engine that they can work in.
 
 All launched work happens in one launch of two processes; each order is compared with one process
 that has all of a step's records in few micro-batches.
@@ -15,10 +15,11 @@ import torch
 
 from tandem.storage.atomic_files import read_json, read_jsonl
 
-from .orders import LIMITS, Done, Order, adapter, copied, distance, drift, started
+from .orders import LIMITS, Done, Order, adapter, copied, distance, drift, first_gradients, started
 from .orders import stopped as stopped_folder
 
 FREE: dict[str, Any] = {"optimizer": "schedule_free_adamw", "lr_scheduler": "constant"}
+NOISE: dict[str, Any] = {"optimizer": "adamw", "neftune_alpha": 5.0}
 SEVERAL = ("ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp2")
 # Where each works in several processes, and in which precision a step's direction is certain: the
 # sign of a number near 0 is not, in float32.
@@ -29,8 +30,9 @@ ENGINES_OF: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "adamw_8bit": ("float32", ("ddp",), {}),
     "schedule_free_adamw": ("float32", ("ddp", "fsdp2"), FREE),
     "ema": ("float32", SEVERAL, {"optimizer": "adamw", "ema_decay": 0.6}),
+    "noise": ("float32", ("ddp", "deepspeed-zero3", "fsdp2"), NOISE),
 }
-SCORED = ("schedule_free_adamw", "ema")
+SCORED = ("schedule_free_adamw", "ema", "noise")
 
 
 def _order(name: str, engine: str, folder: str) -> Order:
@@ -50,11 +52,23 @@ IN_TWO = {
 AGAIN = [
     _order("lion", "deepspeed-zero3", "again-lion"),
     _order("schedule_free_adamw", "fsdp2", "again-free"),
+    _order("noise", "ddp", "again-noise"),
     *(_order("ema", engine, f"again-ema-{engine}") for engine in SEVERAL[1:]),
 ]
 # Stopped after the first step in one process, and finished in two, from a copy.
 ONE = replace(_order("ema", "single", "one-ema"), trouble="SIGTERM")
 MOVED = _order("ema", "deepspeed-zero3", "moved-ema")
+# In one process and in two: other budgets, every record alone, activations computed once more.
+NOISY = [
+    replace(_order("noise", "single", f"noise-{budget}"), budget=budget) for budget in (512, 1)
+]
+NOISY += [
+    replace(order, folder=f"{order.folder}-float64", dtype="float64", checkpointing=True)
+    for order in NOISY
+]
+PLAIN = replace(WHOLE["noise"], folder="plain", more="{}")
+NOISY_WHOLE = replace(WHOLE["noise"], folder="noise-float64", dtype="float64")
+NOISY_ALONE_IN_TWO = replace(_order("noise", "ddp", "noise-two"), budget=1)
 MUON_SPREAD = _order("muon", "fsdp2", "muon-fsdp2")
 
 
@@ -62,11 +76,11 @@ MUON_SPREAD = _order("muon", "fsdp2", "muon-fsdp2")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """All orders of this module, carried out."""
     done = started(tmp_path_factory.mktemp("optimizers"))
-    done.alone(list(WHOLE.values()))
+    done.alone([*WHOLE.values(), *NOISY, NOISY_WHOLE, PLAIN])
     stopped = [replace(order, trouble="SIGTERM") for order in AGAIN]
     done.alone([ONE])
     copied(done.home, stopped_folder(ONE), MOVED.folder)
-    done.launched(2, [*IN_TWO, *stopped, *AGAIN, MOVED, MUON_SPREAD])
+    done.launched(2, [*IN_TWO, *stopped, *AGAIN, MOVED, MUON_SPREAD, NOISY_ALONE_IN_TWO])
     return done
 
 
@@ -82,8 +96,26 @@ def test_an_average_goes_on_under_another_engine(done: Done) -> None:
     assert "engine single -> deepspeed-zero3" in done.outcomes[MOVED][0].said
 
 
+@pytest.mark.parametrize("order", [*NOISY, NOISY_ALONE_IN_TWO], ids=lambda order: order.folder)
+def test_noise_does_not_depend_on_how_the_work_is_packed(done: Done, order: Order) -> None:
+    whole = NOISY_WHOLE if order.dtype == "float64" else WHOLE["noise"]
+    _same(done, order, whole.folder)
+    of_gradients, *_ = LIMITS[order.dtype]
+    gradients = [first_gradients(done.home, folder) for folder in (order.folder, whole.folder)]
+    assert distance(*gradients) < of_gradients
+
+
+def test_noise_acts_in_training_alone(done: Done) -> None:
+    with_noise, without = (done.home / name for name in ("noise", "plain"))
+    assert distance(adapter(done.home, "noise"), adapter(done.home, "plain")) > 1e-3
+    first = [read_jsonl(folder / "validation.jsonl")[0] for folder in (with_noise, without)]
+    assert first[0]["eval_loss"] == first[1]["eval_loss"]
+    losses = [read_jsonl(folder / "metrics.jsonl")[0]["loss"] for folder in (with_noise, without)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-5)
+
+
 def _same(done: Done, order: Order, whole: str) -> None:
-    assert [outcome.error for outcome in done.outcomes[order]] == ["", ""]
+    assert {outcome.error for outcome in done.outcomes[order]} == {""}
     found, wanted = (adapter(done.home, folder) for folder in (order.folder, whole))
     # What DeepSpeed moves is float32, whatever the model computes in.
     precision = "float32" if "deepspeed" in order.engine else order.dtype
@@ -102,7 +134,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(done: Done, order: Order
     assert all(torch.equal(found[key], never[key]) for key in never)
 
 
-@pytest.mark.parametrize("name", SCORED)
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "ema"])
 def test_a_spread_average_is_scored_as_a_whole_one(done: Done, name: str) -> None:
     again = [order.folder for order in [*AGAIN, MOVED] if order.more == WHOLE[name].more]
     several = [order.folder for order, whole in IN_TWO.items() if whole == name]

@@ -277,6 +277,11 @@ class SftSettings(TrainingSettings):
         default="answers",
         description="What is trained: the assistant's answers, or every token of the text.",
     )
+    neftune_alpha: PositiveFloat | None = Field(
+        default=None,
+        description="Noise on the input embeddings in training (NEFTune): uniform, up to this over "
+        "the square root of tokens times channels; usual are 5 to 15; null: none.",
+    )
     learning_rate: PositiveFloat = Field(default=1e-4, description="The peak learning rate.")
     best_metric: Literal["loss"] = Field(
         default="loss", description="What decides under `keep: best`: held-out loss."

@@ -71,7 +71,7 @@ class StepRunner:
     budget: TokenBudget  # lowered when memory runs out
     attention_weight: float  # for the balance between processes, see `packing.example_cost`
     _: KW_ONLY
-    dropout_seed: int | None = None  # of dropout masks; None where there is no dropout
+    dropout_seed: int | None = None  # of dropout masks and noise; None where there are none
     learns: bool = True  # whether there is a backward; without one, losses are only added up
 
     def run(self, step: Step) -> StepResult:

@@ -50,6 +50,7 @@ class MicroBatch:
         sequences: S, the number of sequences; an example's branches follow each other.
         sequence_tokens: trained tokens of each sequence [S].
         dropout_keys: [T] int64, distinct for every (seed, step, record, token), or None.
+        record_tokens: [T] int64; the tokens that a row's record feeds, where there are keys.
         spans: `row_spans` of the segments, in a micro-batch that was padded to a declared shape.
     """
 
@@ -63,6 +64,7 @@ class MicroBatch:
     sequences: int
     sequence_tokens: tuple[int, ...]
     dropout_keys: Tensor | None = None
+    record_tokens: Tensor | None = None
     spans: Tensor | None = None
 
     @property
@@ -106,6 +108,9 @@ def collate(examples: Sequence[Example], dropout_keys: Sequence[int] | None = No
         sequences=len(parts.sequence_tokens),
         sequence_tokens=tuple(parts.sequence_tokens),
         dropout_keys=_tensor(parts.keys) if dropout_keys is not None else None,
+        record_tokens=(
+            _tensor([np.repeat(parts.rows, parts.rows)]) if dropout_keys is not None else None
+        ),
     )
 
 

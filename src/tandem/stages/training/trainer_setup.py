@@ -92,6 +92,6 @@ def build_trainer(
         own.append(EarlyStopping(early.metric, best, early.patience, early.min_delta))
     run.callbacks = (*own, *run.callbacks)
     dropout = context.stage.dropout and settings.lora.dropout > 0
-    seed = context.job.run.seed if dropout else None
+    seed = context.job.run.seed if dropout or context.noise is not None else None
     steps = runner(objectives[0], records.dataset, budget, dropout_seed=seed)
     return Trainer(run, steps, make_schedule(settings, total))
