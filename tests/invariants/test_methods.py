@@ -69,6 +69,14 @@ NOISY += [
 PLAIN = replace(WHOLE["noise"], folder="plain", more="{}")
 NOISY_WHOLE = replace(WHOLE["noise"], folder="noise-float64", dtype="float64")
 NOISY_ALONE_IN_TWO = replace(_order("noise", "ddp", "noise-two"), budget=1)
+# No score improves by so much on the one after the first step.
+EARLY = Order(
+    "sft", "early", engine="fsdp2", budget=512,
+    more=json.dumps({
+        "validation": {"fraction": 0.2, "steps": 1},
+        "early_stopping": {"patience": 1, "min_delta": 100.0},
+    }),
+)  # fmt: skip
 MUON_SPREAD = _order("muon", "fsdp2", "muon-fsdp2")
 
 
@@ -80,7 +88,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     stopped = [replace(order, trouble="SIGTERM") for order in AGAIN]
     done.alone([ONE])
     copied(done.home, stopped_folder(ONE), MOVED.folder)
-    done.launched(2, [*IN_TWO, *stopped, *AGAIN, MOVED, MUON_SPREAD, NOISY_ALONE_IN_TWO])
+    done.launched(2, [*IN_TWO, *stopped, *AGAIN, MOVED, MUON_SPREAD, NOISY_ALONE_IN_TWO, EARLY])
     return done
 
 
@@ -112,6 +120,15 @@ def test_noise_acts_in_training_alone(done: Done) -> None:
     assert first[0]["eval_loss"] == first[1]["eval_loss"]
     losses = [read_jsonl(folder / "metrics.jsonl")[0]["loss"] for folder in (with_noise, without)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-5)
+
+
+def test_all_processes_end_early_at_the_same_step(done: Done) -> None:
+    assert [outcome.error for outcome in done.outcomes[EARLY]] == ["", ""]
+    early = read_json(done.home / EARLY.folder / "summary.json")["early_stopping"]
+    assert (early["step"], early["of"], early["best_step"]) == (2, 3, 1)
+    first, second = done.outcomes[EARLY]
+    assert first.said.count("early stopping after step 2 of 3") == 1
+    assert second.said == ""
 
 
 def _same(done: Done, order: Order, whole: str) -> None:

@@ -77,6 +77,19 @@ def test_its_size_follows_the_tokens_of_the_record_not_of_the_micro_batch() -> N
     assert not torch.equal(other, alone)
 
 
+def test_padded_rows_carry_the_same_noise_as_packed_ones() -> None:
+    """Also where branches share a prefix, whose rows a padded model reads once for each."""
+    batch = collate([TALK, PAIR], [record_key(1, 2, 3), record_key(1, 2, 4)])
+    found = []
+    for backend in ("segments", "padded"):
+        model = make_model()
+        attend(model, backend)
+        add_noise(model, 5.0)
+        with torch.no_grad():
+            found.append(sequence_logps(model.train(), batch))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+
+
 def test_pairs_have_none() -> None:
     """Their prompts are shared, and the reference must equal the policy at the start."""
     with pytest.raises(ValidationError, match="neftune_alpha"):
