@@ -202,13 +202,17 @@ def state_of(
 ) -> dict[str, Tensor]:
     """An optimizer's state as `parameter|key`, whole, on the CPU; collective if it is spread.
 
-    Numbers become tensors of 64 bits.
+    Numbers become tensors of 64 bits. No two share memory, as tables of 8-bit moments do.
     """
-    return {
-        f"{name}|{key}": whole(_as_tensor(value)).cpu().contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensor = whole(_as_tensor(value)).cpu().contiguous()
+            shared = tensor.data_ptr() in seen
+            seen.add(tensor.data_ptr())
+            tensors[f"{name}|{key}"] = tensor.clone() if shared else tensor
+    return tensors
 
 
 def _as_tensor(value: Any) -> Tensor:
