@@ -4,6 +4,7 @@ steps go on from the weights themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,3 +169,16 @@ def test_what_an_average_cannot_be_is_said(tmp_path: Path) -> None:
         "weights; with 0.97 it is 5%"
     )
     assert unmeant(asked, steps=700, records=None) == []
+
+
+def test_pairs_are_averaged_as_conversations_are(tiny_model: Path, tmp_path: Path) -> None:
+    """The reference stays the untrained policy; the average gains less than the weights do."""
+    gains = []
+    for name, more in (("plain", {}), ("averaged", WAYS["ema"])):
+        held = own_data("dpo", tmp_path / "v.jsonl")
+        asked = {"lr_scheduler": "constant", "validation": held, **more}
+        run("dpo", tiny_model, tmp_path / name, **asked)
+        first, *_, last = lines(tmp_path / name)
+        assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        gains.append(last["eval_rewards/margins"])
+    assert 0 < gains[1] < gains[0]

@@ -69,7 +69,7 @@ def train_stage(
     if not processes.is_rank0:
         console = Console(quiet=True)
     with processes.shared_fate(), ExitStack() as locks:
-        for notice in idle_settings(run, device):
+        for notice in idle_settings(run, device, job.settings.optimizer):
             log(console, f"{stage.name}: {notice}")
         engine = processes.on_all(lambda: start_engine(device, processes, job))
         processes.require_same(engine=hash_json([engine.name, engine.config]))
