@@ -65,9 +65,24 @@ SAMPLES = {
     "lora_dropout": "0.25",
     "adam_beta1": "0.25",
     "adam_beta2": "0.25",
+    "optimizer": "lion",
+    "min_lr_ratio": "0.25",
+    "decay_ratio": "0.25",
+    "lion_beta1": "0.25",
+    "lion_beta2": "0.25",
+    "muon_momentum": "0.25",
+    "ema_decay": "0.25",
     "fields": "prompt=asked",
     "roles": "caller=user",
     "completions": "best_vs_rest",
+}
+# What flags need beside them, to have an effect.
+BESIDE = {
+    "decay_ratio": ("--lr_scheduler_type", "wsd"),
+    "lr_power": ("--lr_scheduler_type", "polynomial"),
+    "lion_beta1": ("--optimizer", "lion"),
+    "lion_beta2": ("--optimizer", "lion"),
+    "muon_momentum": ("--optimizer", "muon"),
 }
 
 
@@ -110,8 +125,8 @@ def _dry_text(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[Stage, str]:
-    """What a dry run shows of each stage without further flags, once it was asked for."""
+def plain() -> dict[tuple[str, ...], str]:
+    """What dry runs without a flag show, once they were asked for."""
     return {}
 
 
@@ -124,7 +139,10 @@ def test_every_flag_of_the_seed_is_there(stage: Stage, names: str) -> None:
     ("stage", "name"), [(stage, flag.name) for stage in STAGES for flag in _flags(stage)]
 )
 def test_dashes_and_underscores_are_the_same(
-    capsys: pytest.CaptureFixture[str], plain: dict[Stage, str], stage: Stage, name: str
+    capsys: pytest.CaptureFixture[str],
+    plain: dict[tuple[str, ...], str],
+    stage: Stage,
+    name: str,
 ) -> None:
     flag = next(flag for flag in _flags(stage) if flag.name == name)
     value = SAMPLES.get(name, "3" if flag.kind is not boolean else "true")
@@ -134,6 +152,8 @@ def test_dashes_and_underscores_are_the_same(
         for text in (key, given)
         if key != f"--{name}"
     ]
+    beside = BESIDE.get(name, ())
+    rest += beside
     shown = [
         _dry_text(capsys, stage, *rest, spelling, value)
         for spelling in dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
@@ -144,9 +164,10 @@ def test_dashes_and_underscores_are_the_same(
     inert |= {"use_habana", "use_lazy_mode", "pad_max"}
     already = {"lora_dropout", "gradient_checkpointing"} if stage == "dpo" else set()
     if name not in inert | already:
-        if stage not in plain:
-            plain[stage] = _dry_text(capsys, stage, *REQUIRED)
-        assert joined != plain[stage], "a flag that is given changes what is done"
+        without = (stage, *REQUIRED, *beside)
+        if without not in plain:
+            plain[without] = _dry_text(capsys, *without)
+        assert joined != plain[without], "a flag that is given changes what is done"
 
 
 @pytest.mark.parametrize("given", ["--bf16", "--bf16 true", "--bf16=True", "--bf16 1"])
