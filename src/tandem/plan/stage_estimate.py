@@ -41,6 +41,7 @@ class MemoryUse:
     head_bytes: int  # a block of logits, see `model.logprobs.output_head`
     baseline: int  # what the process holds without a model (on CPU interpreter and libraries)
     optimizer: str = "adamw"  # the recipe's name of it
+    average: bool = False  # whether a moving average of what is trained is kept beside it
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,10 @@ def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) ->
     of_process = trained // (processes if sharded else 1)
     # A micro-batch's gradients are whole before they are added to the step's.
     added = 0 if sharded or not shape.full else trained
+    kept = shape.kept * _TRAINED_BYTES
     return Memory(
         weights=int(weights) + (of_process if shape.full else 0),
-        adapter=(0 if shape.full else of_process) + shape.kept * _TRAINED_BYTES,
+        adapter=(0 if shape.full else of_process) + use.average * of_process + kept,
         gradients=trained // share + added,
         optimizer=int(state_bytes(shape, use.optimizer)) // share,
         activations=int(use.tokens * per_token),
@@ -144,7 +146,8 @@ def disk_of(
     kept = -(-steps // save_steps)
     kept = kept if keep is None else min(kept, keep)
     # An adapter that is an average stands beside the weights that move.
-    beside = adapter if settings.optimizer in AVERAGING else 0
+    averaged = settings.optimizer in AVERAGING or settings.ema_decay is not None
+    beside = adapter if averaged else 0
     checkpoint = adapter + beside + int(state_bytes(shape, settings.optimizer))
     return Disk(0 if shape.full else adapter, kept * checkpoint, kept, left)
 
@@ -187,6 +190,7 @@ class StageSetup:
             head_bytes=min(block_bytes(self.device.kind), work.largest * vocabulary * 4),
             baseline=self.baseline,
             optimizer=self.settings.optimizer,
+            average=self.settings.ema_decay is not None,
         )
 
     def rate_key(self, shape: ModelShape) -> RateKey:
