@@ -33,6 +33,7 @@ from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
 from tandem.model.lora import forward
 from tandem.model.lora.adapter import LoraWeights
 from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
+from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import LoraSettings
 
 from .record import Environment, log
@@ -139,7 +140,7 @@ def _logp(model: Any, batches: Sequence[MicroBatch]) -> float:
 def _inputs(options: argparse.Namespace, scratch: Path) -> tuple[Any, list[Example]]:
     write_model(options.size, options.tokenizer, scratch / "model")
     write_first_lines(options.pairs_file, options.pairs, scratch / "pairs.jsonl")
-    trees = read_trees("dpo", scratch / "model", scratch / "pairs.jsonl")
+    trees = read_trees("dpo", scratch / "model", DataSource(path=str(scratch / "pairs.jsonl")))
     model = load_model(scratch / "model", dtype=torch.float32)
     lora = ADAPTERS["dpo"]
     settings = LoraSettings(rank=lora.rank, alpha=lora.alpha, target_modules=tuple(lora.targets))

@@ -18,7 +18,6 @@ from transformers.utils import logging as transformers_logging
 
 from tandem.data.encoded.example import Example
 from tandem.recipe.choices import DeviceName
-from tandem.recipe.data_source import DataSource
 from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.run_settings import RunSettings
@@ -44,6 +43,7 @@ from .work import (
     in_training_order,
     read_trees,
     sequence_tokens,
+    source_of,
     trained_tokens,
 )
 
@@ -52,7 +52,7 @@ def measure(work: Work) -> Measured:
     """Do the work once and say what it cost."""
     torch.set_num_threads(work.threads)
     transformers_logging.disable_progress_bar()
-    trees = in_training_order(read_trees(work.stage, Path(work.model), Path(work.data)), work)
+    trees = in_training_order(read_trees(work.stage, Path(work.model), source_of(work)), work)
     if work.side.startswith("tandem"):
         ran = _run_tandem(work, trees)
     elif work.side == "plain":
@@ -89,14 +89,14 @@ def _run_tandem(work: Work, trees: list[Example]) -> Ran:
     first = read_jsonl(folder / "metrics.jsonl")[0]
     count = min(work.batch_size, len(trees))
     logp = -float(first["loss"])
-    if work.stage == "dpo":
+    if work.stage == "dpo" and work.side != "tandem-rows":
         answers = CHOSEN_WEIGHT * first["logps/chosen"] + first["logps/rejected"]
         logp = answers * count / trained_tokens(trees[:count])
     return Ran(
         loop_seconds=float(summary["train_seconds"]),
         reference_seconds=float(summary["reference_seconds"]),
         # Weights that were rounded to 4 bits give log-probs of their own.
-        first_records=0 if work.side == "tandem-nf4" else count,
+        first_records=0 if work.side in ("tandem-nf4", "tandem-rows") else count,
         first_loss=float(first["loss"]),
         first_logp=logp,
         bfloat16=work.device == "cuda",
@@ -106,7 +106,7 @@ def _run_tandem(work: Work, trees: list[Example]) -> Ran:
 def _stage(work: Work, name: str, **steps: Any) -> Path:
     adapter = ADAPTERS[work.stage]
     common: dict[str, Any] = {
-        "data": (DataSource(path=work.data),),
+        "data": (source_of(work),),
         "batch_size": work.batch_size,
         "max_length": MAX_LENGTH,
         # The first step's metrics are compared with the peers'.

@@ -29,6 +29,7 @@ from .work import (
     Work,
     read_trees,
     sequence_tokens,
+    source_of,
     write_first_lines,
     write_model,
 )
@@ -97,7 +98,7 @@ def new_record(
     base: Work, tasks: Sequence[Task], environment: Environment, *, model: str, command: str
 ) -> Record:
     """A record without measurements: what is asked for, and the operations it needs."""
-    trees = read_trees(base.stage, Path(base.model), Path(base.data))
+    trees = read_trees(base.stage, Path(base.model), source_of(base))
     return Record(
         settings={
             "stage": base.stage,

@@ -56,8 +56,9 @@ class Work:
     """One measurement: a side does a stage once over the records.
 
     Attributes:
-        side: tandem, tandem-again (its reference store is warm), tandem-nf4 (the base in 4 bits),
-            tandem-compiled, plain, trl, trl-default, trl-packed, trl-liger or unsloth.
+        side: tandem, tandem-rows (a record has all answers to a prompt), tandem-again (its
+            reference store is warm), tandem-nf4 (the base in 4 bits), tandem-compiled,
+            plain, trl, trl-default, trl-packed, trl-liger or unsloth.
         stage: dpo or sft.
         model: folder of the model and its tokenizer.
         data: JSON lines.
@@ -92,6 +93,7 @@ class Work:
         batch = "1 at a time" if self.size == 1 else f"{self.size} {unit}s padded"
         return {
             "tandem": "tandem",
+            "tandem-rows": "tandem, whole rows",
             "tandem-again": "tandem, second run",
             "tandem-nf4": "tandem, base in 4 bits",
             "tandem-compiled": "tandem, compiled",
@@ -213,14 +215,21 @@ def write_first_lines(source: Path, count: int, target: Path) -> None:
     target.write_text("".join(chosen), encoding="utf-8")
 
 
-def read_trees(stage: Stage, model: Path, data: Path) -> list[Example]:
+def source_of(work: Work) -> DataSource:
+    """The records, and what is made of several answers."""
+    return DataSource(
+        path=work.data, completions="all_pairs" if work.side == "tandem-rows" else None
+    )
+
+
+def read_trees(stage: Stage, model: Path, source: DataSource) -> list[Example]:
     """The records as tandem encodes them; the peers are fed the same token ids."""
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, TEMPLATE))
     kind: Kind = "preference pairs" if stage == "dpo" else "conversations"
     options = EncodingOptions(kind, Limits(MAX_LENGTH, None), "stop")
     ledger = Ledger(None)
-    trees = build_dataset([DataSource(path=str(data))], chat, options, ledger)
+    trees = build_dataset([source], chat, options, ledger)
     counts = ledger.summary()
     if counts["truncated"] or counts["dropped"]:
         raise SystemExit(f"records do not fit whole: {counts['reasons']}; use fewer")

@@ -20,7 +20,7 @@ def test_pairs_have_the_lengths_that_a_point_says(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     assert len(tokenizer) == point.vocabulary
     resolve_template(tokenizer, work.TEMPLATE)
-    trees = work.read_trees("dpo", tmp_path, tmp_path / "pairs.jsonl")
+    trees = work.read_trees("dpo", tmp_path, work.DataSource(path=str(tmp_path / "pairs.jsonl")))
     assert len(trees) == 3
     headers = int((trees[0].sequence(0).input_ids[:-11] < len(sweeps.SPECIAL)).sum())
     assert 0 < headers < 25
