@@ -196,7 +196,7 @@ MODEL_ORDER = (
     {"read_model"},
     {"model_folder", "added_tokens", "untrained_rows", "elementwise", "generate"},
     {"quantize", "companion_files"},
-    {"attention", "lora"},
+    {"attention", "full", "lora"},
     {"logprobs"},
     {"prepare_model"},
     {"base_model"},

@@ -66,23 +66,27 @@ SAMPLES = {
     "lora_dropout": "0.25",
     "adam_beta1": "0.25",
     "adam_beta2": "0.25",
-    "fields": "prompt=asked",
-    "roles": "caller=user",
-    "completions": "best_vs_rest",
     "optimizer": "lion",
-    "lora_rank_pattern": "q_proj=3",
-    "lora_alpha_pattern": "q_proj=3.0",
+    "lora_init": "pissa",
     "min_lr_ratio": "0.25",
     "decay_ratio": "0.25",
     "lion_beta1": "0.25",
     "lion_beta2": "0.25",
     "muon_momentum": "0.25",
+    "ema_decay": "0.25",
+    "fields": "prompt=asked",
+    "roles": "caller=user",
+    "completions": "best_vs_rest",
+    "save_dtype": "float32",
+    "lora_rank_pattern": "q_proj=3",
+    "lora_alpha_pattern": "q_proj=3.0",
     "label_smoothing": "0.25",
     "ld_alpha": "0.25",
     "f_divergence_type": "forward_kl",
 }
 # Flags that need another one.
 WITH = {
+    "save_dtype": ["--full", "true"],
     "decay_ratio": ["--lr_scheduler_type", "wsd"],
     "lr_power": ["--lr_scheduler_type", "polynomial"],
     "lion_beta1": ["--optimizer", "lion"],
@@ -138,8 +142,8 @@ def _dry_text(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[Stage, str]:
-    """What a dry run shows of each stage without further flags, once it was asked for."""
+def plain() -> dict[tuple[str, ...], str]:
+    """What dry runs without a flag show, once they were asked for."""
     return {}
 
 
@@ -152,7 +156,10 @@ def test_every_flag_of_the_seed_is_there(stage: Stage, names: str) -> None:
     ("stage", "name"), [(stage, flag.name) for stage in STAGES for flag in _flags(stage)]
 )
 def test_dashes_and_underscores_are_the_same(
-    capsys: pytest.CaptureFixture[str], plain: dict[Stage, str], stage: Stage, name: str
+    capsys: pytest.CaptureFixture[str],
+    plain: dict[tuple[str, ...], str],
+    stage: Stage,
+    name: str,
 ) -> None:
     flag = next(flag for flag in _flags(stage) if flag.name == name)
     value = SAMPLES.get(name, "3" if flag.kind is not boolean else "true")
@@ -163,7 +170,9 @@ def test_dashes_and_underscores_are_the_same(
         for key, given in zip(REQUIRED[::2], REQUIRED[1::2], strict=True)
         for text in (key, given)
         if key != f"--{name}"
-    ] + WITH.get(name, [])
+    ]
+    beside = WITH.get(name, [])
+    rest += beside
     shown = [
         _dry_text(capsys, stage, *rest, spelling, value)
         for spelling in dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
@@ -174,9 +183,10 @@ def test_dashes_and_underscores_are_the_same(
     inert |= {"use_habana", "use_lazy_mode", "pad_max"}
     already = {"lora_dropout", "gradient_checkpointing"} if stage == "dpo" else set()
     if name not in inert | already:
-        if stage not in plain:
-            plain[stage] = _dry_text(capsys, stage, *REQUIRED)
-        assert joined != plain[stage], "a flag that is given changes what is done"
+        without = (stage, *REQUIRED, *beside)
+        if without not in plain:
+            plain[without] = _dry_text(capsys, *without)
+        assert joined != plain[without], "a flag that is given changes what is done"
 
 
 @pytest.mark.parametrize("given", ["--bf16", "--bf16 true", "--bf16=True", "--bf16 1"])

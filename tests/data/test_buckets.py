@@ -70,6 +70,8 @@ def test_a_filled_micro_batch_tensor_by_tensor() -> None:
     assert batch.dropout_keys is not None
     assert filled.dropout_keys is not None
     assert filled.dropout_keys[:4].equal(batch.dropout_keys)
+    assert filled.record_tokens is not None
+    assert filled.record_tokens.tolist() == [4, 4, 4, 4, 1, 1]
     assert filled.spans is not None
     assert filled.spans.tolist() == [[0, 0, 0, 0, 4, 5], [0] * 6, [0] * 6]
 
@@ -142,6 +144,6 @@ def test_tensors_move_together() -> None:
     filled = fill_up(collate([make_pair(1, 3, 2, 1)], [5]), Bucket(8, 8, 4))
     moved = filled.to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 8
+    assert len(tensors) == 9
     assert all(tensor.is_meta for tensor in tensors)
     assert filled.to(torch.device("cpu")) is filled

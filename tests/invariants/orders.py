@@ -354,6 +354,7 @@ def _record_gradients(patch: pytest.MonkeyPatch, folder: Path) -> None:
             folder.mkdir(exist_ok=True)
             save_file(whole_gradients(self), folder / "gradients.safetensors")
         norm = self._apply(rate)
+        self._follow()
         with (folder / "norms.txt").open("a") as file:
             file.write(f"{norm!r}\n")
         return norm

@@ -86,7 +86,7 @@ def checkpoint(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_a_short_run_equals_a_plain_loop(
+def test_all_weights_end_as_in_a_plain_loop(
     kind: str,
     base: Path,
     pairs: list[plain.Pair],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -237,6 +238,9 @@ def test_memory_by_engine() -> None:
     assert zero3 == fsdp2
     assert zero3.weights == shape.parameters // 2 + 4 * shape.largest_layer
     assert zero3.adapter == single.adapter // 4
+    averaged = [memory_of(shape, replace(held, average=True), name, 4) for name in ("ddp", "fsdp2")]
+    assert averaged[0].adapter == 2 * single.adapter
+    assert averaged[1].adapter == 2 * single.adapter // 4
 
 
 @pytest.mark.parametrize(
@@ -275,6 +279,10 @@ def test_checkpoints_hold_what_the_optimizer_keeps() -> None:
         )
         disk = disk_of(shape, settings, steps=10, save_steps=2, merged_bytes=2)
         held[name] = disk.checkpoints / disk.adapter
+        averaged = settings.model_copy(update={"ema_decay": 0.9})
+        more = disk_of(shape, averaged, steps=10, save_steps=2, merged_bytes=2)
+        beside = 0 if name == "schedule_free_adamw" else 2 * disk.adapter
+        assert more.checkpoints - disk.checkpoints == beside
     assert held == {"adamw": 2 * 3, "lion": 2 * 2, "schedule_free_adamw": 2 * 4}
 
 

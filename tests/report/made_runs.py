@@ -22,6 +22,7 @@ sft:
   - path: demo:instructions
   batch_size: 16
   epochs: 3
+  optimizer: lion
   learning_rate: 0.001
   max_length: 128
   max_prompt_length: 96

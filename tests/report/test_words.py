@@ -133,7 +133,8 @@ def test_card(tmp_path: Path) -> None:
     assert header["base_model"] == "some/base"
     assert header["datasets"] == ["Open-Orca/SlimOrca"]
     for expected in (
-        "| learning rate | 0.001 |", "rank 16, alpha 64.0", "| DPO | 84.2 % |", "model weights",
+        "| optimizer | lion |", "| learning rate | 0.001 |", "rank 16, alpha 64.0",
+        "| DPO | 84.2 % |", "model weights",
         "collapse of the chosen log-probs", "`prompts.jsonl`", "## Limits",
     ):  # fmt: skip
         assert expected in text, expected

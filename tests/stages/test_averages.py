@@ -4,6 +4,7 @@ steps go on from the weights themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tandem.errors import Stopped
 from tandem.model.load_model import load_adapter, load_model
+from tandem.recipe.unmeant import unmeant
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json
 from tandem.train.callbacks.callback import Callback, StepReport, TrainingRun
@@ -31,6 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "schedule_free": {
         "optimizer": "schedule_free_adamw", "lr_scheduler": "constant", "weight_decay": 0.01,
     },
+    "ema": {"ema_decay": 0.6, "lr_scheduler": "constant"},
 }  # fmt: skip
 QUIET = Console(quiet=True)
 
@@ -51,11 +55,20 @@ class Watch(Callback):
             run.ask_to_stop("enough")
 
 
-def watched(model: Path, folder: Path, watch: Watch, **changes: Any) -> dict[str, Tensor]:
+class Start(Callback):
+    """Notes the weights before the first step."""
+
+    def on_train_begin(self, run: TrainingRun) -> None:
+        self.weights = {n: p.detach().clone() for n, p in run.engine.parameters.items()}
+
+
+def watched(
+    model: Path, folder: Path, watch: Watch, *more: Callback, **changes: Any
+) -> dict[str, Tensor]:
     data = folder.parent / "sft.jsonl"
     if not data.exists():
         make_conversations(data)
-    run_sft(training_job(settings("sft", data, **changes), model, folder), QUIET, [watch])
+    run_sft(training_job(settings("sft", data, **changes), model, folder), QUIET, [watch, *more])
     return load_file(folder / "adapter_model.safetensors")
 
 
@@ -67,6 +80,19 @@ def values(tensors: dict[str, Tensor]) -> list[Tensor]:
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(values(a), values(b), strict=True))
+
+
+def test_a_moving_average_is_the_plain_sum(tiny_model: Path, tmp_path: Path) -> None:
+    """0.6^n of the start, and 0.4 x 0.6^k of the weights k steps before the last, in float64."""
+    watch, start = Watch(), Start()
+    saved = watched(tiny_model, tmp_path / "out", watch, start, **WAYS["ema"])
+    steps = [values(start.weights), *map(values, watch.moved)]
+    shares = [0.6**4, *(0.4 * 0.6 ** (4 - step) for step in range(1, 5))]
+    for number, found in enumerate(values(saved)):
+        parts = zip(shares, steps, strict=True)
+        wanted = sum(share * step[number].double() for share, step in parts)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-8)
+    assert sum(shares) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -130,3 +156,29 @@ def test_the_best_of_the_averages_may_be_kept(way: str, tiny_model: Path, tmp_pa
     assert read_json(tmp_path / "out" / "summary.json")["kept_step"] == step
     assert 0 < step < 8
     assert equal(best, watch.result[step - 1])
+
+
+def test_what_an_average_cannot_be_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    with pytest.raises(ValidationError, match="ema_decay averages the weights, as optimizer: sch"):
+        settings("sft", path, ema_decay=0.9, **WAYS["schedule_free"])
+    asked = settings("sft", path, ema_decay=0.999)
+    (said,) = unmeant(asked, steps=100, records=None)
+    assert said == (
+        "ema_decay 0.999: after the run's 100 steps the average is still 90% of the untrained "
+        "weights; with 0.97 it is 5%"
+    )
+    assert unmeant(asked, steps=700, records=None) == []
+
+
+def test_pairs_are_averaged_as_conversations_are(tiny_model: Path, tmp_path: Path) -> None:
+    """The reference stays the untrained policy; the average gains less than the weights do."""
+    gains = []
+    for name, more in (("plain", {}), ("averaged", WAYS["ema"])):
+        held = own_data("dpo", tmp_path / "v.jsonl")
+        asked = {"lr_scheduler": "constant", "validation": held, **more}
+        run("dpo", tiny_model, tmp_path / name, **asked)
+        first, *_, last = lines(tmp_path / name)
+        assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        gains.append(last["eval_rewards/margins"])
+    assert 0 < gains[1] < gains[0]

@@ -7,7 +7,7 @@ import torch
 
 from tandem.data.batching.sampler import StepSampler
 from tandem.errors import UserError
-from tandem.integrations.choose import idle_settings
+from tandem.integrations.choose import DeviceNames, idle_settings
 from tandem.integrations.gaudi.gaudi_device import GaudiDevice
 from tandem.integrations.gaudi.static_shapes import Buckets
 from tandem.recipe.dpo_settings import DpoSettings
@@ -73,5 +73,11 @@ def test_elsewhere_the_section_does_nothing_and_one_line_says_so() -> None:
         == said
     )
     assert idle_settings(RunSettings(model="m", output_dir="o"), cpu) == []
+    fused = RunSettings(model="m", output_dir="o", hpu=HpuSettings(fused_optimizer=True))
+    card = DeviceNames("hpu", "bfloat16")
+    assert idle_settings(fused, card, "adamw") == []
+    assert idle_settings(fused, card, "lion") == [
+        "hpu.fused_optimizer does nothing for optimizer: lion"
+    ]
     request = BatchRequest(TREES, None, None, 64, 50, "auto", said.append)
     assert cpu.batch_shapes(request) == (None, 50)

@@ -47,6 +47,12 @@ class OnlyNorms:
     def save(self, model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "norms")
 
+    def finish(self, folder: Path) -> str:
+        return ""
+
+    def late(self, folder: Path) -> dict[str, Tensor]:
+        return {}
+
     def load(self, model: Any, folder: Path) -> None:
         model.load_state_dict(load_file(folder / "norms"), strict=False)
 

@@ -20,7 +20,10 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     limit = timedelta(minutes=7)
     store = torch.distributed.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=limit)
+    # Stage 3 puts a product of its own in the place of torch's, whose operations nobody can count.
+    linear = torch.nn.functional.linear
     yield
+    torch.nn.functional.linear = linear
     dist.destroy_process_group()
 
 

@@ -115,8 +115,12 @@ def _only_a_cpu() -> bool:
     )
 
 
-def idle_settings(run: RunSettings, device: Device | DeviceNames) -> list[str]:
-    """A line for each section of a run's settings that has no effect on this device."""
+def idle_settings(
+    run: RunSettings, device: Device | DeviceNames, optimizer: str = "adamw"
+) -> list[str]:
+    """A line on each of a run's settings that has no effect on this device, for this optimizer."""
+    if device.kind == "hpu" and run.hpu.fused_optimizer and optimizer != "adamw":
+        return [f"hpu.fused_optimizer does nothing for optimizer: {optimizer}"]
     if device.kind == "hpu" or run.hpu == type(run.hpu)():
         return []
     return [f"the recipe's hpu section does nothing on {device.kind}"]

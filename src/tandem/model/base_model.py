@@ -112,6 +112,8 @@ def check_base(folder: Path, sections: Mapping[str, TrainingSettings], *, weight
     refused = refused_modules(model)
     changed: list[str] = []
     for name, section in sections.items():
+        if section.full:
+            continue
         targets = section.lora.target_modules
         if not isinstance(targets, str):
             check_targets(model, targets, refused, f"{name}.lora.target_modules")

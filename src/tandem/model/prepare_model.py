@@ -28,6 +28,7 @@ from tandem.model.lora.forward import (
     share_dropout_keys,
     switch_dropout_off,
 )
+from tandem.model.lora.input_noise import add_noise
 from tandem.model.lora.targets import unreached_layers
 from tandem.model.trained_weights import Log, TrainedWeights
 from tandem.model.unwrap import plain_model
@@ -43,6 +44,7 @@ class Preparation:
     attention: str = "padded"  # the backend
     weights: TrainedWeights | None = None  # what is trained
     compiled: bool = False  # whether torch.compile takes norms and gated MLPs
+    noise: float | None = None  # alpha of noise on the input embeddings in training, if any
     recomputed: bool = False  # whether activations are computed again in the backward, not kept
     reordered: bool = False  # whether frozen weights are kept in oneDNN's order as well
 
@@ -158,6 +160,13 @@ def speed_up_adapter(model: Any, _: Preparation, __: Log) -> Any:
     return model
 
 
+def add_input_noise(model: Any, preparation: Preparation, _: Log) -> Any:
+    """Add noise to what the input embeddings give in training."""
+    if preparation.noise is not None:
+        add_noise(model, preparation.noise)
+    return model
+
+
 def recompute_activations(model: Any, preparation: Preparation, _: Log) -> Any:
     """Recompute activations in the backward instead of keeping them; UserError where it cannot."""
     if not preparation.recomputed:
@@ -207,6 +216,8 @@ FOR_TRAINING: tuple[Change, ...] = (
     # Before an adapter adds its own dropout.
     switch_off_base_dropout,
     *ATTACHED,
+    # What is trained of the embeddings is under the noise.
+    add_input_noise,
     # Its hook on the embedding must see the wrapped one.
     recompute_activations,
     # What is trained is known by now.

@@ -43,8 +43,11 @@ class TrainedWeights(Protocol):
         """
         ...
 
-    def finish(self, folder: Path) -> None:
-        """Turn what `save` wrote into what a finished stage leaves, without its tokenizer."""
+    def finish(self, folder: Path) -> str:
+        """Turn what `save` wrote into what a finished stage leaves, without its tokenizer.
+
+        Returns a warning, or nothing.
+        """
         ...
 
     def load(self, model: Any, folder: Path) -> None:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from tandem.errors import UserError
 from tandem.storage.hashing import weight_files
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Number formats, as safetensors calls them, of weights that are not quantised.
@@ -99,9 +99,11 @@ def opened(path: Path, framework: Literal["pt", "np"] = "pt") -> Iterator[Any]:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The number format that a model's weights are stored in."""
+    from torch import bfloat16, float16, float32
+
     with opened(weight_files(folder)[0]) as file:
         dtypes = {file.get_tensor(name).dtype for name in list(file.keys())[:8]}
-    return next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), torch.float32)
+    return next((d for d in (bfloat16, float16) if d in dtypes), float32)
 
 
 def read_headers(folder: Path) -> dict[str, Header]:

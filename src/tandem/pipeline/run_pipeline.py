@@ -16,7 +16,7 @@ from tandem.pipeline import stage_jobs as jobs
 from tandem.pipeline.preflight import check_inputs
 from tandem.recipe.choices import TRAINING_STAGES, TrainingStageName
 from tandem.recipe.jobs import TrainingJob
-from tandem.recipe.recipe import PipelineStage, Recipe, asked_for, stages_of
+from tandem.recipe.recipe import PipelineStage, Recipe, asked_for, result_of, stages_of
 from tandem.runtime.launch import launched
 from tandem.runtime.process_group import ProcessGroup, join
 from tandem.stages.finished import merge_is_finished, training_is_finished
@@ -153,8 +153,8 @@ def _run_stage(recipe: Recipe, stage: PipelineStage, console: Console) -> Any:
             from tandem.stages.merge import run_merge
 
             run_merge(merge, console)
-    final = stage_folder(recipe.output_dir, "dpo-merge")
-    if stage.name != "sft-merge" and final.exists():
+    final = stage_folder(recipe.output_dir, result_of(recipe, "dpo"))
+    if stage.name != "sft-merge" and (final / "config.json").exists():
         write_card(Path(recipe.output_dir), final)
     return result
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import EvaluationJob, MergeJob, PairsJob, TrainingJob
-from tandem.recipe.recipe import Recipe
+from tandem.recipe.recipe import Recipe, result_of
 from tandem.recipe.run_settings import RunSettings
 from tandem.storage.run_folder import StageName, made_pairs, stage_folder
 
@@ -55,9 +55,9 @@ def evaluation_job(recipe: Recipe) -> EvaluationJob:
         settings = settings.model_copy(update={"pairs": (DataSource(path=str(held_out)),)})
     models = {"base": _base(recipe)}
     if recipe.sft is not None:
-        models["sft"] = str(stage_folder(recipe.output_dir, "sft-merge"))
+        models["sft"] = str(stage_folder(recipe.output_dir, result_of(recipe, "sft")))
     if recipe.dpo is not None:
-        models["dpo"] = str(stage_folder(recipe.output_dir, "dpo-merge"))
+        models["dpo"] = str(stage_folder(recipe.output_dir, result_of(recipe, "dpo")))
     return EvaluationJob(_run(recipe, "evaluate"), settings, models)
 
 
@@ -77,7 +77,7 @@ def _base(recipe: Recipe) -> str:
 
 
 def _aligned(recipe: Recipe) -> str:
-    """What DPO begins with: the merged model, or the base where there is no SFT."""
+    """What DPO begins with: the model that SFT led to, or the base where there is no SFT."""
     if recipe.sft is None:
         return recipe.model
-    return str(stage_folder(recipe.output_dir, "sft-merge"))
+    return str(stage_folder(recipe.output_dir, result_of(recipe, "sft")))

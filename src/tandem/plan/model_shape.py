@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from tandem.data.tokenize.vocabulary import AddedTokens
 from tandem.errors import UserError
 from tandem.model.added_tokens import make_rows
 from tandem.model.attention.packing_probe import declared_obstacle
+from tandem.model.full.full_weights import FullWeights
 from tandem.model.lora.adapter import LoraWeights
 from tandem.model.lora.principal import beginnings
 from tandem.model.lora.targets import refused_modules, unreached_layers
 from tandem.model.model_folder import model_without_weights
-from tandem.model.unwrap import plain_head
+from tandem.model.unwrap import plain_head, plain_model
 from tandem.recipe.training_settings import LoraSettings
 
 # A layer's parameters: everything up to the first number in their names.
@@ -31,7 +33,8 @@ class ModelShape:
     """Sizes that operations and memory follow from."""
 
     parameters: int  # of the base, tied ones once
-    trained: int  # of the adapter
+    trained: int  # of the adapter, or all
+    full: bool  # whether all are trained, and none is an adapter's
     edges: int  # rows and columns of its matrices, added up
     # multiplications of a token in the decoder's frozen linear layers; of a mixture's experts those
     # that a token reaches
@@ -60,7 +63,7 @@ class Described:
 
 def described(
     config: Any,
-    lora: LoraSettings,
+    lora: LoraSettings | None,
     *,
     attention: str,
     added: AddedTokens | None = None,
@@ -68,21 +71,25 @@ def described(
 ) -> Described:
     """The model that a configuration describes, with its adapter, on torch's meta device.
 
-    `attention` is the recipe's, `added` tokens whose embeddings are trained, by the adapter if
-    `trains_added`. Raises UserError for a configuration that describes no model, for one whose
-    sizes have other names, and for an adapter that fits none of its modules.
+    Without `lora` all its weights are trained. `attention` is the recipe's, `added` tokens whose
+    embeddings are trained, by the adapter if `trains_added`. Raises UserError for a configuration
+    that describes no model, for one whose sizes have other names, and for an adapter that fits
+    none of its modules.
     """
     model = model_without_weights(config)
     if added:
         make_rows(model, added)
-    listed = lora.target_modules != "all-linear"
+    listed = lora is None or lora.target_modules != "all-linear"
     unread = refused_modules(model) if listed else _out_of_reach(model)
     padded = attention == "padded" or (attention == "auto" and declared_obstacle(model) is not None)
-    adapted = LoraWeights(lora).attach(
-        model,
-        unreached=refused_modules(model) if unread is None else unread,
-        added_ids=added.ids if added and trains_added else (),
-    )
+    if lora is None:
+        adapted = FullWeights(Path()).attach(model)
+    else:
+        adapted = LoraWeights(lora).attach(
+            model,
+            unreached=refused_modules(model) if unread is None else unread,
+            added_ids=added.ids if added and trains_added else (),
+        )
     try:
         shape = shape_of(adapted)
     except (AttributeError, TypeError, ValueError) as error:  # sizes by names of their own
@@ -94,8 +101,9 @@ def described(
 
 
 def shape_of(model: Any) -> ModelShape:
-    """The shape of an adapter-wrapped model, wherever its weights are."""
-    base = model.get_base_model()
+    """The shape of a model with an adapter or trained as a whole, wherever its weights are."""
+    base = plain_model(model)
+    full = model is base
     text = base.config.get_text_config()
     head: Any = plain_head(base.get_output_embeddings())
     share = _reached(text)
@@ -125,12 +133,13 @@ def shape_of(model: Any) -> ModelShape:
         size = _numbers(parameter)
         if parameter.requires_grad:
             trained += size
+            parameters += size if full else 0
             edges += sum(parameter.shape) if parameter.dim() == 2 else 0
             decomposed += size if "lora_magnitude_vector" in name else 0
+        beside = ".lora_" in name or ".modules_to_save." in name
+        if beside or (parameter.requires_grad and not full):
             continue
-        if ".lora_" in name or ".modules_to_save." in name:
-            continue
-        parameters += size
+        parameters += 0 if full else size
         layer = _LAYER.match(name)
         layers[layer.group(1) if layer else name] += size
         if parameter.dim() == 3 and "experts" in name:
@@ -138,6 +147,7 @@ def shape_of(model: Any) -> ModelShape:
     return ModelShape(
         parameters=parameters,
         trained=trained,
+        full=full,
         edges=edges,
         linear=round(linear),
         adapter=round(adapter),

@@ -99,9 +99,10 @@ def _rows(stage: TrainingPlan) -> list[Row]:
         rows.append(("records", text))
     parameters = (
         f"{shape.parameters:,}, trained {shape.trained:,} "
-        f"({percent(shape.trained / shape.parameters, 2)}), "
-        f"adapter on disk {size(4 * shape.trained)}"
+        f"({percent(shape.trained / shape.parameters, 2)})"
     )
+    if not shape.full:
+        parameters += f", adapter on disk {size(4 * shape.trained)}"
     estimate, disk = stage.estimate, stage.disk
     if estimate is None or disk is None:
         return [*rows, ("parameters", parameters)]

@@ -234,16 +234,15 @@ class _Planner:
         trains_added = stage.name == "sft" or recipe.sft is None
         base = load_base_info(recipe, self.base, settings.max_length, weights=False)
         config, added = base.config, base.added
-        notes, engine = list(data.notes), self._engine()
-        check_optimizer(settings.optimizer, pieces_of(engine), engine, device)
+        notes, engine = list(data.notes), self._engine(settings)
         if trains_added:
             tokens, sharded = {*added.new, *added.known}, "weights" in SHARDS[engine]
             check_added(tokens, engine=engine, sharded=sharded)
             check_start(self.recipe, settings, base, weights=False)
             notes = [*base.warnings(), *notes]
         model = described(
-            config, settings.lora, attention=recipe.attention, added=added,
-            trains_added=trains_added,
+            config, None if settings.full else settings.lora,
+            attention=recipe.attention, added=added, trains_added=trains_added,
         )  # fmt: skip
         # The run measures this with its model loaded; on CPU the processes share what is free.
         free = device.free_memory() // (self.processes if device.is_host else 1)
@@ -297,8 +296,10 @@ class _Planner:
         reader = StageReader(stage.name, settings.trains_on, settings, chat, None, self.console)
         return reader.read(data.sources, data.held_out or (), self.recipe.seed)
 
-    def _engine(self) -> str:
+    def _engine(self, settings: TrainingSettings) -> str:
+        """The engine by name; raises UserError where the stage's optimizer cannot work in it."""
         engine = self.recipe.engine
+        check_optimizer(settings.optimizer, pieces_of(engine), engine, self.device)
         if engine.endswith(".json"):
             stage = json.loads(Path(engine).read_text()).get("zero_optimization", {}).get("stage")
             return f"deepspeed-zero{3 if stage == 3 else 2}"

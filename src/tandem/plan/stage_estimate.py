@@ -41,6 +41,7 @@ class MemoryUse:
     head_bytes: int  # a block of logits, see `model.logprobs.output_head`
     baseline: int  # what the process holds without a model (on CPU interpreter and libraries)
     optimizer: str = "adamw"  # the recipe's name of it
+    average: bool = False  # whether a moving average of what is trained is kept beside it
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) ->
     the weights as well, and gather a layer at a time.
     """
     sharded = "weights" in SHARDS[engine]
-    frozen = float(shape.parameters * use.weight_bytes)
+    frozen = 0.0 if shape.full else float(shape.parameters * use.weight_bytes)
     if use.quantized:
         frozen -= shape.in_linear * (use.weight_bytes - _NF4_BYTES)
-    weights = frozen + (0 if sharded else use.copies)
+    weights = frozen + (0 if sharded or shape.full else use.copies)
     if sharded and processes > 1:
         weights = frozen / processes + 2 * shape.largest_layer * use.weight_bytes
     per_token = use.activation_bytes + shape.decomposed * use.weight_bytes
@@ -104,10 +105,14 @@ def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) ->
         per_token = shape.layers * shape.hidden * use.weight_bytes + per_token / shape.layers
     trained = shape.trained * _TRAINED_BYTES
     share = processes if SHARDS[engine] else 1
+    of_process = trained // (processes if sharded else 1)
+    # A micro-batch's gradients are whole before they are added to the step's.
+    added = 0 if sharded or not shape.full else trained
+    kept = shape.kept * _TRAINED_BYTES
     return Memory(
-        weights=int(weights),
-        adapter=trained // (processes if sharded else 1) + shape.kept * _TRAINED_BYTES,
-        gradients=trained // share,
+        weights=int(weights) + (of_process if shape.full else 0),
+        adapter=(0 if shape.full else of_process) + use.average * of_process + kept,
+        gradients=trained // share + added,
         optimizer=int(state_bytes(shape, use.optimizer)) // share,
         activations=int(use.tokens * per_token),
         head=use.head_bytes * _HEAD_BLOCKS + use.tokens * shape.hidden * (4 + use.weight_bytes),
@@ -137,12 +142,14 @@ def disk_of(
     keep = settings.save_total_limit
     trained = shape.trained * _TRAINED_BYTES
     adapter = trained + shape.kept * _TRAINED_BYTES
+    left = shape.parameters * merged_bytes
     kept = -(-steps // save_steps)
     kept = kept if keep is None else min(kept, keep)
     # An adapter that is an average stands beside the weights that move.
-    beside = adapter if settings.optimizer in AVERAGING else 0
+    averaged = settings.optimizer in AVERAGING or settings.ema_decay is not None
+    beside = adapter if averaged else 0
     checkpoint = adapter + beside + int(state_bytes(shape, settings.optimizer))
-    return Disk(adapter, kept * checkpoint, kept, shape.parameters * merged_bytes)
+    return Disk(0 if shape.full else adapter, kept * checkpoint, kept, left)
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,7 @@ class StageSetup:
             head_bytes=min(block_bytes(self.device.kind), work.largest * vocabulary * 4),
             baseline=self.baseline,
             optimizer=self.settings.optimizer,
+            average=self.settings.ema_decay is not None,
         )
 
     def rate_key(self, shape: ModelShape) -> RateKey:

@@ -25,7 +25,9 @@ class Operations:
     """
 
     forward: float  # 2(P + L)T + 2aA + 2NVH
-    backward: float  # 2PT (frozen weights have no gradient) + 4LT + 4aA + 2NVH
+    # 2PT (frozen weights have no gradient) + 4LT + 4aA + 2NVH; where all weights are trained, the
+    # gradient of the head takes 2NVH more
+    backward: float
     recomputed: float  # with gradient checkpointing, the layers' forward once more: 2(P + L)T + 2aA
     reference: float  # DPO's pass without the adapter over all records, once: 2PT + 2aA + 2NVH
 
@@ -54,9 +56,11 @@ def count_operations(
     head = 2.0 * shape.head * work.targets
     return Operations(
         forward=linear + adapter + attention + head,
-        backward=linear + 2 * adapter + 2 * attention + head,
+        backward=linear + 2 * adapter + 2 * attention + head * (2 if shape.full else 1),
         recomputed=linear + adapter + attention if checkpointing else 0.0,
-        reference=2.0 * shape.linear * work.reference_tokens
+        reference=2.0
+        * (shape.linear + (shape.adapter if shape.full else 0))
+        * work.reference_tokens
         + 2.0 * shape.attention * work.reference_visible
         + 2.0 * shape.head * work.reference_targets
         if reference

@@ -17,6 +17,7 @@ from tandem.recipe.explain_errors import dotted, explain
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.section import expanded
 from tandem.recipe.yaml_lines import Location, dump_yaml, parse_yaml
+from tandem.storage.run_folder import TRAINING_STAGES
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -85,6 +86,11 @@ def _checked(
         location, value = _parse_override(override)
         texts[location] = override
         _set(data, location, value, override)
+
+    for stage in TRAINING_STAGES:
+        section = data.get(stage)
+        if isinstance(section, dict) and section.get("lora", "") is None:
+            del section["lora"]  # null takes it back, as it does a section that may be missing
 
     def place(location: Location) -> str:
         below = [text for key, text in texts.items() if key[: len(location)] == location != key]

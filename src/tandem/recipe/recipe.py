@@ -14,7 +14,7 @@ from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import RunSettings
 from tandem.recipe.training_settings import MergeSettings, SftSettings
-from tandem.storage.run_folder import STAGES, StageName, stage_folder
+from tandem.storage.run_folder import STAGES, StageName, TrainingStageName, stage_folder
 
 
 class Recipe(RunSettings):
@@ -41,6 +41,12 @@ class Recipe(RunSettings):
             raise ValueError(
                 "a recipe needs an sft section, a dpo section or both, or a pairs section"
             )
+        for name, section in (("sft", self.sft), ("dpo", self.dpo)):
+            if section is not None and section.full and self.quantization is not None:
+                raise ValueError(
+                    f"{name}.full trains all weights, which quantization: {self.quantization} "
+                    "would pack; remove one of them"
+                )
         if self.dpo is not None and not self.dpo.data and self.pairs is None:
             raise ValueError("dpo.data is missing: name a data set, or add a pairs section")
         return self
@@ -55,13 +61,23 @@ class PipelineStage:
     note: str
 
 
+def result_of(recipe: Recipe, stage: TrainingStageName) -> StageName:
+    """The stage whose folder has the model that a training stage of a recipe leads to."""
+    settings = recipe.sft if stage == "sft" else recipe.dpo
+    if settings is not None and settings.full:
+        return stage
+    return "sft-merge" if stage == "sft" else "dpo-merge"
+
+
 def stages_of(recipe: Recipe) -> list[PipelineStage]:
     """Return the stages of a recipe in order; this needs neither data nor weights."""
     notes: dict[StageName, str] = {}
     if recipe.sft is not None:
         data = ", ".join(source.path for source in recipe.sft.data)
-        notes["sft"] = f"fine-tune {recipe.model} on {data}"
-        notes["sft-merge"] = "merge the adapter, verified"
+        what = f"all weights of {recipe.model}" if recipe.sft.full else recipe.model
+        notes["sft"] = f"fine-tune {what} on {data}"
+        if not recipe.sft.full:
+            notes["sft-merge"] = "merge the adapter, verified"
     if recipe.pairs is not None:
         prompts = ", ".join(source.path for source in recipe.pairs.prompts)
         server = recipe.pairs.server
@@ -70,7 +86,10 @@ def stages_of(recipe: Recipe) -> list[PipelineStage]:
     if recipe.dpo is not None:
         data = ", ".join(source.path for source in recipe.dpo.data) or "the pairs made before"
         notes["dpo"] = f"align with {data}"
-        notes["dpo-merge"] = "merge the adapter, verified: the final model"
+        if recipe.dpo.full:
+            notes["dpo"] = f"align all weights with {data}: the final model"
+        else:
+            notes["dpo-merge"] = "merge the adapter, verified: the final model"
     if recipe.evaluate is not None:
         notes["evaluate"] = "base, SFT and final model on held-out questions and pairs"
         named = [n for n in (recipe.evaluate.suite, *recipe.evaluate.tasks) if n]

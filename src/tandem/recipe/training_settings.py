@@ -136,6 +136,15 @@ class TrainingSettings(Section):
         default=False,
         description="Train all weights instead of an adapter; the stage leaves a whole model.",
     )
+    save_dtype: choices.DtypeName = Field(
+        default="auto",
+        description="Number format of the model that `full` leaves; auto: the base weights' own.",
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Share that a moving average of the trained weights keeps at each step. The "
+        "average is what is scored, and the stage's result; null: none is kept.",
+    )
     lora: LoraSettings = Field(default=LoraSettings(), description="The adapter that is trained.")
     max_length: Positive = Field(
         default=2048,
@@ -241,6 +250,10 @@ class TrainingSettings(Section):
                 "adam_beta1 is 0, where optimizer: schedule_free_adamw would compute gradients at "
                 "weights that are not averaged at all; take adamw, or a larger one"
             )
+        if self.ema_decay is not None:
+            raise ValueError(
+                "ema_decay averages the weights, as optimizer: schedule_free_adamw does; keep one"
+            )
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> TrainingSettings:
@@ -255,7 +268,9 @@ class TrainingSettings(Section):
         methods = without_effect(self.optimizer, self.lr_scheduler)
         idle = {key: f"{in_words(method)}; remove it" for key, method in methods.items()}
         if self.full:
-            idle["lora"] = "full: true, which trains all weights and no adapter; remove one of them"
+            idle["lora"] = "full: true, which trains all weights and no adapter; set one to null"
+        else:
+            idle["save_dtype"] = "an adapter, which merge.dtype is for; remove it"
         return idle
 
     @model_serializer(mode="wrap")
@@ -276,6 +291,11 @@ class SftSettings(TrainingSettings):
     loss_on: choices.LossOn = Field(
         default="answers",
         description="What is trained: the assistant's answers, or every token of the text.",
+    )
+    neftune_alpha: PositiveFloat | None = Field(
+        default=None,
+        description="Noise on the input embeddings in training (NEFTune): uniform, up to this over "
+        "the square root of tokens times channels; usual are 5 to 15; null: none.",
     )
     learning_rate: PositiveFloat = Field(default=1e-4, description="The peak learning rate.")
     best_metric: Literal["loss"] = Field(

@@ -11,6 +11,8 @@ from tandem.recipe.training_settings import TrainingSettings
 # AdamW moves a weight by about the learning rate in each step. The weights of models and adapters
 # are a few hundredths large: one step of this size overwrites them.
 _HUGE_RATE = 0.1
+# A larger share of the untrained weights in a moving average is no average of what was trained.
+_OF_THE_START = 0.5
 
 
 def unmeant(
@@ -78,6 +80,11 @@ def _beyond(settings: TrainingSettings, steps: int) -> list[str]:
         warnings.append(
             f"lr_scheduler: wsd: warm-up ({warm_up}) and fall ({fall}) are longer than {run} "
             f"together: the fall begins after the warm-up, in {steps - warm_up} steps"
+        )
+    if settings.ema_decay is not None and (kept := settings.ema_decay**steps) > _OF_THE_START:
+        warnings.append(
+            f"ema_decay {settings.ema_decay:g}: after {run} the average is still {kept:.0%} of the "
+            f"untrained weights; with {0.05 ** (1 / steps):.3g} it is 5%"
         )
     if settings.logging_steps > steps:
         warnings.append(

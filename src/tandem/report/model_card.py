@@ -20,8 +20,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # The settings of a training stage that a card lists, in this order.
 _SETTINGS = (
-    "batch_size", "epochs", "max_steps", "learning_rate", "lr_scheduler", "warmup_steps",
-    "warmup_ratio", "weight_decay", "beta", "max_length", "max_prompt_length",
+    "batch_size", "epochs", "max_steps", "optimizer", "learning_rate", "lr_scheduler",
+    "min_lr_ratio", "decay_ratio", "lr_power", "warmup_steps", "warmup_ratio", "weight_decay",
+    "neftune_alpha", "ema_decay", "full", "loss", "beta", "max_length", "max_prompt_length",
     "too_long", "loss_on", "lora",
 )  # fmt: skip
 

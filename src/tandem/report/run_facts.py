@@ -116,6 +116,7 @@ def read_run(folder: Path) -> RunFacts:
         for section, stages in _SECTION_STAGES.items()
         if recipe.get(section)
         for stage in stages
+        if not (stage.endswith("-merge") and mapping(recipe[section]).get("full"))
     ]
     evaluations = [s.folder / "evaluation.json" for s in stages if s.kind == "evaluate"]
     return RunFacts(

@@ -185,7 +185,7 @@ def training_is_finished(stage: str, job: TrainingJob, console: Console) -> bool
     inputs = training_inputs(job, folder, template, added, data, device.dtype_name)
     if not _is_finished(job.folder, stage, inputs):
         return False
-    for notice in idle_settings(run, device):
+    for notice in idle_settings(run, device, settings.optimizer):
         log(console, f"{stage}: {notice}")
     say_finished(console, stage, job.folder)
     return True

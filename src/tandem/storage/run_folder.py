@@ -61,7 +61,8 @@ def made_pairs(folder: Path, name: str = "pairs") -> Path | None:
 
 def model_in_run(path: str) -> str:
     """Return the newest model of a run's folder, or any other path unchanged."""
-    for stage in ("dpo-merge", "sft-merge"):
+    stages: tuple[StageName, ...] = ("dpo-merge", "dpo", "sft-merge", "sft")
+    for stage in stages:  # a training stage has a model where it trained all weights
         inside = stage_folder(path, stage)
         if (inside / "config.json").exists() and not (Path(path) / "config.json").exists():
             return str(inside)

@@ -222,15 +222,21 @@ def state_of(
 ) -> dict[str, Tensor]:
     """An optimizer's state as `parameter|key`, whole, on the CPU; collective if it is spread.
 
-    Numbers become tensors of 64 bits. Without `keep` a process only takes part.
+    Numbers become tensors of 64 bits. No two share memory, as tables of 8-bit moments do. Without
+    `keep` a process only takes part.
     """
-    kept = {}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensor = whole(_as_tensor(value))
-            if keep:
-                kept[f"{name}|{key}"] = tensor.cpu().contiguous()
-    return kept
+            if not keep:
+                continue
+            tensor = tensor.cpu().contiguous()
+            shared = tensor.data_ptr() in seen
+            seen.add(tensor.data_ptr())
+            tensors[f"{name}|{key}"] = tensor.clone() if shared else tensor
+    return tensors
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -251,8 +257,8 @@ def load_state(
     for name, key, tensor in by_parameter(tensors, parameters):
         like = parameters[name]
         value: Any = tensor
-        if tensor.shape == like.shape and isinstance(like, DTensor):
-            value = spread_as(like, tensor)
+        if isinstance(like, DTensor) and tensor.shape == like.shape:
+            value = spread_like(like, tensor)
         elif tensor.dim() == 0 and (key != "step" or not tensor.is_floating_point()):
             # A number: torch would round it to the parameter's format. Its own optimizers count
             # steps in a tensor, which it treats apart.
@@ -279,12 +285,12 @@ def by_parameter(
     return sorted(split, key=lambda item: (order[item[0]], item[1]))
 
 
-def spread_as(like: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor on another one's device, spread over the processes if that one is."""
-    tensor = tensor.to(like.device)
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements)
+def spread_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor on a parameter's device, spread over the processes if that is; a copy."""
+    tensor = tensor.detach().to(parameter.device, copy=True)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

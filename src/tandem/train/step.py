@@ -73,7 +73,7 @@ class StepRunner:
     _: KW_ONLY
     # what the objective sees of a step beforehand, by the same indices; None: the examples
     observed: Sequence[Example] | None = None
-    dropout_seed: int | None = None  # of dropout masks; None where there is no dropout
+    dropout_seed: int | None = None  # of dropout masks and noise; None where there are none
     learns: bool = True  # whether there is a backward; without one, losses are only added up
 
     def run(self, step: Step) -> StepResult:

@@ -52,6 +52,7 @@ class MicroBatch:
         sequence_tokens: trained tokens of each sequence [S].
         dropout_keys: [T] int64, distinct for every (seed, step, record, token), or None.
         target_weight: [N] float32, what each target's log-prob counts, or None: each counts once.
+        record_tokens: [T] int64; the tokens that a row's record feeds, where there are keys.
         spans: `row_spans` of the segments, in a micro-batch that was padded to a declared shape.
     """
 
@@ -65,6 +66,7 @@ class MicroBatch:
     sequences: int
     sequence_tokens: tuple[int, ...]
     dropout_keys: Tensor | None = None
+    record_tokens: Tensor | None = None
     spans: Tensor | None = None
     target_weight: Tensor | None = None
 
@@ -110,6 +112,9 @@ def collate(examples: Sequence[Example], dropout_keys: Sequence[int] | None = No
         sequence_tokens=tuple(parts.sequence_tokens),
         dropout_keys=_tensor(parts.keys) if dropout_keys is not None else None,
         target_weight=torch.from_numpy(np.concatenate(parts.weights)) if parts.weights else None,
+        record_tokens=(
+            _tensor([np.repeat(parts.rows, parts.rows)]) if dropout_keys is not None else None
+        ),
     )
 
 

@@ -58,11 +58,12 @@ class _ZeroEngine(Engine):
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Engine.restore`: DeepSpeed keeps what it moves apart from what computes."""
         from deepspeed.utils import safe_set_full_fp32_param
-        from deepspeed.zero import GatheredParameters
+
+        gather = _import_deepspeed(self.device.kind).zero.GatheredParameters
 
         for name, parameter in self.parameters.items():
-            gathered = GatheredParameters(parameter, modifier_rank=0)
-            with gathered if self.sharded else nullcontext(), torch.no_grad():
+            spread = self.sharded
+            with gather([parameter], 0) if spread else nullcontext(), torch.no_grad():
                 parameter.copy_(tensors[name])
             safe_set_full_fp32_param(parameter, tensors[name])
 
@@ -153,6 +154,36 @@ class Zero3Engine(_ZeroEngine):
             if self.processes.is_rank0:
                 kept[name] = value.cpu()
         return kept
+
+    def _pieces(self) -> list[Tensor]:
+        """See `Engine._pieces`: parts of equal length, the last one padded."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        return [safe_get_local_fp32_param(p).detach() for p in self.parameters.values()]
+
+    def _piece(self, parameter: Any, tensor: Tensor) -> Tensor:
+        """See `Engine._piece`."""
+        size, rank = parameter.ds_tensor.ds_numel, dist.get_rank()
+        padding = size * dist.get_world_size() - tensor.numel()
+        flat = torch.nn.functional.pad(tensor.detach().flatten(), (0, padding))
+        return flat[rank * size : (rank + 1) * size].to(parameter.ds_tensor.device, copy=True)
+
+    def _whole(self, parameter: Any, piece: Tensor) -> Tensor:
+        """See `Engine._whole`."""
+        pieces = [torch.empty_like(piece) for _ in range(dist.get_world_size())]
+        dist.all_gather(pieces, piece.contiguous())
+        return torch.cat(pieces)[: parameter.ds_numel].view(parameter.ds_shape)
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        """See `Engine._put`."""
+        # Small parameters stay gathered from one step to the next.
+        gathered = self.zero.optimizer.persistent_parameters
+        if gathered:
+            gathered[0].partition(gathered)
+        for parameter, value in zip(self.parameters.values(), values, strict=True):
+            parameter.ds_tensor.data.copy_(value)
+        if gathered:
+            gathered[0].all_gather(gathered)
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Engine.load_optimizer`."""

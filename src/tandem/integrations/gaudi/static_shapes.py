@@ -125,7 +125,7 @@ def fill_up(batch: MicroBatch, bucket: Bucket) -> MicroBatch:
                          f"{batch.sequences} sequences do not fit into {bucket}")  # fmt: skip
     alone = tuple(Segment(row, row + 1) for row in range(batch.tokens, bucket.rows))
     segments = (*batch.segments, *alone)
-    keys = batch.dropout_keys
+    keys, tokens = batch.dropout_keys, batch.record_tokens
     return replace(
         batch,
         input_ids=_filled(batch.input_ids, rows, 0),
@@ -141,6 +141,7 @@ def fill_up(batch: MicroBatch, bucket: Bucket) -> MicroBatch:
         sequences=bucket.sequences,
         sequence_tokens=(*batch.sequence_tokens, *[0] * sequences),
         dropout_keys=None if keys is None else _filled(keys, rows, 0),
+        record_tokens=None if tokens is None else _filled(tokens, rows, 1),
         spans=row_spans(segments),
     )
 

@@ -17,11 +17,15 @@ from tandem.errors import UserError
 from tandem.model.companion_files import copy_surroundings
 from tandem.model.model_folder import load_config, model_without_weights
 from tandem.model.trained_weights import Log, set_decay
-from tandem.model.weight_files import read_headers, stored_dtype
+from tandem.model.weight_files import opened, read_headers, stored_dtype
+from tandem.runtime.device import torch_dtype
 from tandem.storage.atomic_files import atomic_write_json, read_json
+from tandem.storage.hashing import weight_files
 
 # The trained weights as they are in a checkpoint: whole, in the format that they are trained in.
 _TRAINED = "trained.safetensors"
+# A share of the change that is worth a warning.
+_MUCH = 0.1
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class FullWeights:
     """
 
     base: Path
+    dtype: str = "auto"  # of the model that is left, by name; auto: the base's own
     leaves: ClassVar[Literal["adapter", "model"]] = "model"
 
     def attach(
@@ -68,14 +73,17 @@ class FullWeights:
         """The weights of a checkpoint, by name."""
         return load_file(folder / _TRAINED)
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path) -> str:
         """Turn what `save` wrote into a model's folder, without its tokenizer.
 
-        Raises UserError where the weights' names would not be those of the base.
+        Returns a warning where rounding took much of what training changed, else nothing. Raises
+        UserError where the weights' names would not be those of the base.
         """
-        config, dtype = load_config(self.base), stored_dtype(self.base)
+        config = load_config(self.base)
+        dtype = torch_dtype(self.dtype) or stored_dtype(self.base)
         trained = load_file(folder / _TRAINED)
         weights = {name: tensor.to(dtype) for name, tensor in trained.items()}
+        lost = _share_lost(self.base, trained, weights)
         described = model_without_weights(config)
         rows = _embedding_rows(weights, described)
         with _no_progress():
@@ -89,6 +97,13 @@ class FullWeights:
             text["vocab_size"] = rows
             atomic_write_json(folder / "config.json", written)
         _check_names(self.base, folder)
+        if lost <= _MUCH:
+            return ""
+        named = str(dtype).removeprefix("torch.")
+        return (
+            f"rounding to {named} changes the weights by {lost:.0%} of what training changed; "
+            "checkpoints have them as they were trained, and save_dtype: float32 keeps them so"
+        )
 
     @contextmanager
     def reference(self, model: Any) -> Iterator[None]:
@@ -99,6 +114,19 @@ class FullWeights:
             yield
         finally:
             model.train(training)
+
+
+def _share_lost(base: Path, trained: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -> float:
+    """The norm of what rounding changed by that of what training changed, over all weights."""
+    lost = moved = 0.0
+    for shard in weight_files(base):
+        with opened(shard) as file:
+            for name in set(file.keys()) & trained.keys():
+                before = file.get_tensor(name).float()
+                if before.shape == trained[name].shape:
+                    lost += float((rounded[name].float() - trained[name].float()).norm()) ** 2
+                    moved += float((trained[name].float() - before).norm()) ** 2
+    return (lost / moved) ** 0.5 if moved else 0.0
 
 
 @contextmanager

@@ -188,7 +188,7 @@ def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
 
 def _packed(causal: Any, batch: MicroBatch) -> Tensor:
     """The hidden states that predict, from one row of trees [N, H]."""
-    set_dropout_keys(causal, batch.dropout_keys)
+    set_dropout_keys(causal, batch.dropout_keys, batch.record_tokens)
     # Stays until the next micro-batch: activation checkpointing computes the layer once more.
     causal.tandem_rows.rows = batch.read_rows
     layout = TreeLayout(batch.segments, batch.position_ids, batch.spans)
@@ -205,8 +205,8 @@ def _packed(causal: Any, batch: MicroBatch) -> Tensor:
 def _padded(causal: Any, batch: MicroBatch) -> Tensor:
     """The hidden states that predict, in the order of the targets, from a row a sequence [N, H]."""
     padded = padded_rows(batch)
-    keys = batch.dropout_keys
-    set_dropout_keys(causal, None if keys is None else keys[padded.rows])
+    drawn_by = (batch.dropout_keys, batch.record_tokens)
+    set_dropout_keys(causal, *(None if one is None else one[padded.rows] for one in drawn_by))
     decoder: Any = decoder_of(causal)
     hidden = decoder(input_ids=batch.input_ids[padded.rows], use_cache=False).last_hidden_state
     return hidden[padded.target_sequence, padded.target_position]

@@ -189,8 +189,10 @@ class LoraWeights:
         (folder / "README.md").unlink(missing_ok=True)
         write_record(model, folder)
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path) -> str:
         """Nothing: an adapter's folder is as it stays."""
+        del folder
+        return ""
 
     def late(self, folder: Path) -> dict[str, Tensor]:
         """None: they are small enough to be put back before the engine spreads the model."""

@@ -17,9 +17,13 @@ from tandem.model.unwrap import plain_model
 
 @dataclass
 class DropoutKeys:
-    """The key of each row that is fed, [T] or [S, L] int64; set before each forward."""
+    """The key of each row that is fed, [T] or [S, L] int64; set before each forward.
+
+    `lengths`, of the same shape, has the tokens that the row's record feeds.
+    """
 
     keys: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 class KeyedDropout(nn.Module):
@@ -77,11 +81,14 @@ def share_dropout_keys(model: Any) -> None:
         plain_model(model).tandem_dropout = dropout[0].shared
 
 
-def set_dropout_keys(model: nn.Module, keys: Tensor | None) -> None:
-    """Hand the keys of the rows that are fed, [T] or [S, L], to the keyed dropout modules."""
+def set_dropout_keys(model: nn.Module, keys: Tensor | None, lengths: Tensor | None = None) -> None:
+    """Hand the keys of the rows that are fed, [T] or [S, L], to what draws by them.
+
+    `lengths`, of the same shape, are for noise; see `DropoutKeys`.
+    """
     shared: Any = getattr(model, "tandem_dropout", None)
     if shared is not None:
-        shared.keys = keys
+        shared.keys, shared.lengths = keys, lengths
 
 
 def switch_dropout_off(model: nn.Module) -> int:

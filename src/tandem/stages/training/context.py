@@ -18,6 +18,7 @@ from tandem.model.lora.adapter import LoraWeights
 from tandem.model.trained_weights import TrainedWeights
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import TrainingJob
+from tandem.recipe.training_settings import SftSettings
 from tandem.runtime.console import log
 from tandem.train.checkpoint import CheckpointStore
 from tandem.train.engines.engine import Engine
@@ -57,7 +58,7 @@ def weights_of(context: TrainContext) -> TrainedWeights:
     """What a job trains: an adapter, or all weights."""
     job, dropout = context.job, context.stage.dropout
     if job.settings.full:
-        return FullWeights(context.base.folder)
+        return FullWeights(context.base.folder, job.settings.save_dtype)
     base, revision = lasting_name(context.base.name, context.base.folder)
     return LoraWeights(
         job.settings.lora, job.run.seed, base, revision,
@@ -107,6 +108,12 @@ class TrainContext:
     def weights(self) -> TrainedWeights:
         """What is trained."""
         return self.stage.weights(self)
+
+    @property
+    def noise(self) -> float | None:
+        """Alpha of the noise on the input embeddings, if there is any."""
+        settings = self.job.settings
+        return settings.neftune_alpha if isinstance(settings, SftSettings) else None
 
     def checkpoints(self) -> CheckpointStore:
         """Where its checkpoints go."""

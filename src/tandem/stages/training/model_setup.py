@@ -59,6 +59,7 @@ def set_up_model(
         attention=backend,
         weights=context.weights,
         compiled=execution["compiled"],
+        noise=context.noise,
         recomputed=context.job.settings.gradient_checkpointing,
         reordered=execution["ordered_weights"],
     )

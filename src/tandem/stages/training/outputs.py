@@ -33,7 +33,8 @@ def save_adapter_folder(
             context.weights.save(model, aside, trained)
         else:
             copy_adapter(checkpoint, aside)
-        context.weights.finish(aside)
+        if warning := context.weights.finish(aside):
+            context.log(warning, style="yellow")
         tokenizer.chat_template = template.saved
         with spelled(aside) as named:
             tokenizer.save_pretrained(str(named))

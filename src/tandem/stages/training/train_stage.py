@@ -70,7 +70,7 @@ def train_stage(
     if not processes.is_rank0:
         console = Console(quiet=True)
     with processes.shared_fate(), ExitStack() as locks:
-        for notice in idle_settings(run, device):
+        for notice in idle_settings(run, device, job.settings.optimizer):
             log(console, f"{stage.name}: {notice}")
         engine = processes.on_all(lambda: start_engine(device, processes, job))
         processes.require_same(engine=hash_json([engine.name, engine.config]))
@@ -160,13 +160,13 @@ def _run(
     count, steps = len(records.dataset), run.total_steps
     doubts = unmeant(settings, steps=steps, records=count, processes=processes.count)
     context = context.warned(*doubts)
-    prepare_engine(context, model)
+    average = prepare_engine(context, model, state)
     start = ObjectiveInputs(
         engine, model, records.dataset, hash_json(inputs["model"]), execution["attention"],
         _numerics(execution), budget, context.console, context.weights,
     )  # fmt: skip
     built = _objectives(stage, start, records)
-    restore(context, newest, state)
+    restore(context, newest, state, average)
     with StageProgress(context.console, stage.name, run.total_steps, run.state.step) as display:
         build_trainer(context, run, records, built, budget, display).run()
     done = _Done(model, engine.trained(), records, built, run.state, execution, compiled)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tandem.data.batching.sampler import tenth
 from tandem.data.encoded.example import Example
-from tandem.model.trained_weights import hidden_matrices
+from tandem.model.trained_weights import hidden_matrices, trainable_parameters
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
 from tandem.stages.training.context import BuiltObjective, TrainContext
@@ -33,9 +33,18 @@ def saved_every(settings: TrainingSettings, total: int) -> int:
     return settings.save_steps or tenth(total)
 
 
-def prepare_engine(context: TrainContext, model: Any) -> None:
-    """Hand model and optimizer to the engine."""
+def prepare_engine(
+    context: TrainContext, model: Any, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Hand model and optimizer to the engine; `state` has a checkpoint's tensors of the optimizer.
+
+    Returns the average of the trained weights that the model was loaded with, where `state` has
+    those that move beside it.
+    """
     engine, settings = context.engine, context.job.settings
+    _, live = without_live(state)
+    loaded = trainable_parameters(model) if live and context.weights.leaves == "adapter" else {}
+    average = {name: parameter.detach().clone() for name, parameter in loaded.items()}
     optimizer = partial(
         make_optimizer,
         settings=settings,
@@ -43,20 +52,26 @@ def prepare_engine(context: TrainContext, model: Any) -> None:
         matrices=hidden_matrices(model),
     )
     engine.prepare(model, optimizer, settings.max_grad_norm, context.stage.of_token)
+    return average
 
 
-def restore(context: TrainContext, checkpoint: Path | None, state: Mapping[str, Tensor]) -> None:
-    """Go on from a checkpoint, if there is one; `state` has the optimizer's tensors.
-
-    The weights that move are among these where a checkpoint has their average.
-    """
-    if checkpoint is None:
-        return
-    engine, (own, live) = context.engine, without_live(state)
-    if weights := live or context.weights.late(checkpoint):
+def restore(
+    context: TrainContext,
+    checkpoint: Path | None,
+    state: Mapping[str, Tensor],
+    average: dict[str, Tensor],
+) -> None:
+    """Go on from a checkpoint, if there is one; `state` and `average` are as above."""
+    engine, settings, (own, live) = context.engine, context.job.settings, without_live(state)
+    saved = {} if checkpoint is None else context.weights.late(checkpoint)
+    if weights := live or saved:
         engine.restore(weights)
     if own:
         engine.load_optimizer(own)
+    if settings.ema_decay is not None:
+        engine.keep_average(settings.ema_decay, average or (saved if live else {}))
+    if engine.average is not None:
+        context.log("the average of the weights is scored, and becomes the result")
 
 
 def build_trainer(
@@ -95,6 +110,6 @@ def build_trainer(
         own.append(EarlyStopping(early.metric, best, early.patience, early.min_delta))
     run.callbacks = (*own, *run.callbacks)
     dropout = context.stage.dropout and settings.lora.dropout > 0
-    seed = context.job.run.seed if dropout else None
+    seed = context.job.run.seed if dropout or context.noise is not None else None
     steps = runner(objectives[0], records.dataset, dropout_seed=seed)
     return Trainer(run, steps, make_schedule(settings, total))

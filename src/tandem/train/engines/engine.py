@@ -19,8 +19,15 @@ from tandem.model.trained_weights import trainable_parameters
 from tandem.runtime.device import BatchShapes, Device
 from tandem.runtime.host_memory import give_back_freed_memory
 from tandem.runtime.process_group import ProcessGroup
-from tandem.train.averages import Average, average_of
-from tandem.train.optimizers import Pieces, clip_and_step, load_state, spread_as, state_of, whole
+from tandem.train.averages import Average, MovingAverage, average_of
+from tandem.train.optimizers import (
+    Pieces,
+    clip_and_step,
+    load_state,
+    spread_like,
+    state_of,
+    whole,
+)
 
 MakeOptimizer = Callable[[Mapping[str, Tensor]], torch.optim.Optimizer]
 # The key of weights that move, beside the optimizer's own, where an average of them is kept.
@@ -102,6 +109,18 @@ class Engine(ABC):
 
         self._share(watched)
 
+    def keep_average(self, decay: float, start: Mapping[str, Tensor]) -> None:
+        """Keep a moving average of the weights from now on; after `prepare`.
+
+        `start` has the average so far, whole, by name; empty: the weights as they are.
+        """
+        pieces = zip(self.parameters.items(), self._pieces(), strict=True)
+        values = {
+            name: self._piece(parameter, start[name]) if start else piece.clone()
+            for (name, parameter), piece in pieces
+        }
+        self.average = MovingAverage(decay, values)
+
     def score(self, batch: MicroBatch) -> Tensor:
         """Sequence log-probs [S] of a micro-batch; zeros follow where it fills a declared shape."""
         if self.shapes is not None:
@@ -120,6 +139,7 @@ class Engine(ABC):
         """
         self._reduce()
         norm = self._apply(learning_rate)
+        self._follow()
         self.device.step_boundary()
         return norm if norm >= 0 else float("nan")
 
@@ -132,13 +152,14 @@ class Engine(ABC):
         average = self.average
         if average is None:
             return self._live()
-        return self._whole(average.of(name, p) for name, p in self.parameters.items())
+        pieces = ((p, average.of(name, p)) for name, p in self.parameters.items())
+        return self._on_rank0(pieces)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back trained weights, given whole and by name, as `trained` returned them."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(spread_as(parameter, tensors[name]))
+                parameter.copy_(spread_like(parameter, tensors[name]))
 
     @contextmanager
     def result_in_place(self) -> Iterator[None]:
@@ -147,7 +168,7 @@ class Engine(ABC):
         if average is None:
             yield
             return
-        live = [p.detach().clone() for p in self.parameters.values()]
+        live = [piece.clone() for piece in self._pieces()]
         self._put([average.of(name, p) for name, p in self.parameters.items()])
         try:
             yield
@@ -188,21 +209,39 @@ class Engine(ABC):
 
     def _live(self) -> dict[str, Tensor]:
         """What the optimizer moves, whole, by name; see `trained`."""
-        return self._whole(self.parameters.values())
+        return self._on_rank0((p, p) for p in self.parameters.values())
 
-    def _whole(self, values: Iterable[Tensor]) -> dict[str, Tensor]:
-        """A value of each parameter, whole, one after the other; see `trained`."""
+    def _on_rank0(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """What `_whole` returns of each parameter and a piece, in turn; see `trained`."""
         kept = {}
-        for name, value in zip(self.parameters, values, strict=True):
-            tensor = whole(value)
+        for name, (parameter, piece) in zip(self.parameters, pieces, strict=True):
+            tensor = self._whole(parameter, piece)
             if not self.sharded:
                 kept[name] = tensor
             elif self.processes.is_rank0:
                 kept[name] = tensor.cpu()
         return kept
 
+    def _follow(self) -> None:
+        """Let the average take in the weights after a step."""
+        if self.average is not None:
+            self.average.follow(self._pieces())
+
+    def _pieces(self) -> list[Tensor]:
+        """What this process holds of each parameter, as the optimizer moves it."""
+        return [p.detach() for p in self.parameters.values()]
+
+    def _piece(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """What this process holds of a parameter whose whole is `tensor`; a copy."""
+        return spread_like(parameter, tensor)
+
+    def _whole(self, parameter: Tensor, piece: Tensor) -> Tensor:
+        """The tensor that all processes hold pieces of, as of a parameter; all call it."""
+        del parameter
+        return whole(piece)
+
     def _put(self, values: Sequence[Tensor]) -> None:
-        """Let the model compute with other values, one for each parameter, spread as they are."""
+        """Let the model compute with other values, what this process holds of each."""
         with torch.no_grad():
             for parameter, value in zip(self.parameters.values(), values, strict=True):
                 parameter.copy_(value)
