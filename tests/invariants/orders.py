@@ -61,7 +61,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"down_proj": 3},
         "alpha_pattern": {"q_proj": 5},
         "plus_ratio": 3.0,
-        "modules_to_save": ("norm", "embed_tokens"),
+        "modules_to_save": ("norm", "embed_tokens", "lm_head"),
     },
     "pissa": {"init": "pissa", "rank_pattern": {"down_proj": 3}},
     # of the order RICH["sft"], which must be carried out before

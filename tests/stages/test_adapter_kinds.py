@@ -50,6 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "plus": {"plus_ratio": 4.0},
     "whole-modules": {"modules_to_save": ("norm", "embed_tokens")},
+    "head": {"modules_to_save": ("lm_head",)},
     "dora-whole-linear": {"dora": True, "modules_to_save": ("gate_proj", "model.norm")},
     "pissa": {"init": "pissa"},
     "pissa-fast": {
@@ -238,7 +239,6 @@ def test_norms_with_a_bias_are_trained_saved_and_merged(tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"modules_to_save": ("nrm",)}, "'nrm' fits no module of LlamaForCausalLM; its modules"),
-        ({"modules_to_save": ("lm_head",)}, "fits lm_head, the output head, which is frozen"),
         ({"modules_to_save": ("mlp",)}, "a LlamaMLP, which consists of other modules"),
         (
             {"modules_to_save": ("q_proj",), "target_modules": ("q_proj",)},
@@ -263,8 +263,9 @@ def test_tied_embeddings_rows_and_4_bits_are_not_trained_as_a_whole(
     tied = _biased(tmp_path / "tied")
     rows = {"chat_template": "neural-chat", "added_tokens": ("</s>",)}
     for base, named, runtime, said in (
-        (tied, "wte", {}, "whose weight is the output head's as well"),
-        (tiny_model, "embed_tokens", rows, "added_tokens trains rows of it"),
+        (tied, "wte", {}, "whose weight input embedding and output head share"),
+        (tiny_model, "embed_tokens", rows, "added_tokens trains rows of both"),
+        (tiny_model, "lm_head", rows, "added_tokens trains rows of both"),
         (tiny_model, "o_proj", {"quantization": "nf4"}, "which is in 4 bits"),
     ):
         lora = LoraSettings(modules_to_save=(named,))
@@ -278,7 +279,7 @@ def test_whole_modules_get_the_gradients_of_full_logits(tiny_model: Path) -> Non
     for plain in (True, False):
         model = load_model(tiny_model, dtype=torch.float64)
         attend(model, "padded" if plain else "segments")
-        lora = LoraSettings(rank=4, modules_to_save=("norm", "embed_tokens", "o_proj"))
+        lora = LoraSettings(rank=4, modules_to_save=("norm", "embed_tokens", "o_proj", "lm_head"))
         wrapped = LoraWeights(lora).attach(model)
         prepare_model(wrapped, (speed_up_adapter,), Preparation())
         torch.manual_seed(1)
@@ -303,7 +304,7 @@ def test_whole_modules_get_the_gradients_of_full_logits(tiny_model: Path) -> Non
         loss.backward()
         gradients = {n: p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
         found.append({"loss": loss.detach(), **gradients})
-    assert sum("modules_to_save" in name for name in found[0]) == 5 + 1 + 2
+    assert sum("modules_to_save" in name for name in found[0]) == 5 + 1 + 2 + 1
     for name, wanted in found[0].items():
         torch.testing.assert_close(found[1][name], wanted, rtol=0, atol=1e-9)
 
@@ -372,7 +373,7 @@ def _another_precision() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_another_precision")
-@pytest.mark.parametrize("kind", ["dora", "pissa", "whole-modules", "dora-whole-linear"])
+@pytest.mark.parametrize("kind", ["dora", "pissa", "whole-modules", "head"])
 def test_in_bfloat16_all_that_is_trained_is_float32(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,7 +405,7 @@ def test_in_bfloat16_all_that_is_trained_is_float32(
     "settings",
     [
         {"rank_pattern": {"nothing": 2}},
-        {"modules_to_save": ("lm_head",)},
+        {"modules_to_save": ("mlp",)},
         {"init": "pissa", "rank": 40},
         {"target_modules": ("nothing",)},
     ],

@@ -45,6 +45,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"dora": True, "rslora": True, "rank_pattern": {"down_proj": 2}, "plus_ratio": 2.0},
         {},
     ),
+    "whole": ({"modules_to_save": ("norm", "embed_tokens", "lm_head")}, {}),
     "rows": ({}, ADDED),
     "4-bit": ({}, {"quantization": "nf4"}),
 }
@@ -130,7 +131,7 @@ def test_the_kept_adapter_computes_what_its_folder_does(
     tiny_model: Path, adapters: dict[str, Path]
 ) -> None:
     ids = torch.tensor([[0, 5, 9, 30, 7]])
-    for kind in ("plain", "rich"):
+    for kind in ("plain", "rich", "whole"):
         model = load_model(tiny_model, dtype=torch.float32)
         weights = LoraWeights(started(adapters[kind]), keeps_start=True)
         adapted = weights.attach(model)

@@ -32,7 +32,6 @@ from tandem.model.lora.saved_modules import (
     fitting,
     saved_linear,
     settle_copies,
-    trains_head,
 )
 from tandem.model.lora.started import (
     START,
@@ -118,10 +117,11 @@ class LoraWeights:
             check_targets(model, wanted.target_modules, unreached)
         whole = wanted.modules_to_save
         check_saved(model, whole, () if everywhere else wanted.target_modules, unreached)
-        if added_ids and model.get_input_embeddings() in fitting(model, whole).values():
+        ends = {model.get_input_embeddings(), model.get_output_embeddings()}
+        if added_ids and ends & {*fitting(model, whole).values()}:
             raise UserError(
-                "lora.modules_to_save: the embedding is trained as a whole, and added_tokens "
-                "trains rows of it; name it in one of the two"
+                "lora.modules_to_save: embedding or head is trained as a whole, and added_tokens "
+                "trains rows of both; name them in one of the two"
             )
         torch.manual_seed(self.seed)
         with _quiet(), as_float32(model), self._explained():
@@ -159,9 +159,9 @@ class LoraWeights:
                     )
                 wrapped.add_adapter(START, copied)
         settle_copies(wrapped)
-        if isinstance(model.get_output_embeddings(), LoraLayer) or trains_head(wrapped):
+        if isinstance(model.get_output_embeddings(), LoraLayer):
             raise UserError(
-                f"lora.from: {folder} changes the output head, which cannot be trained. Merge it, "
+                f"lora.from: {folder} adapts the output head, which takes no adapter. Merge it, "
                 "and train a new adapter on the merged model."
             )
         for name in wrapped.peft_config:

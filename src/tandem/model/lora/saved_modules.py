@@ -58,15 +58,11 @@ def _why_not(
     model: Any, name: str, module: Any, targets: Collection[str], unreached: Collection[str]
 ) -> str:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if module is head:
+    if (module is head or module is embedding) and head.weight is embedding.weight:
         return (
-            "the output head, which is frozen in training: its log-probs are computed without a "
-            "gradient for its weight. Leave it out."
-        )
-    if module is embedding and head is not None and head.weight is embedding.weight:
-        return (
-            "whose weight is the output head's as well, and the head is frozen in training. Leave "
-            "it out; rows of single tokens are trained by added_tokens."
+            "whose weight input embedding and output head share, while a copy of one would leave "
+            "the other as it is. Leave it out; added_tokens trains rows of both, and full: true "
+            "the whole."
         )
     if not _is_leaf(module):
         return (
@@ -126,8 +122,3 @@ class _Cast:
 
     def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         return output.to(self._dtype) if isinstance(output, Tensor) else output
-
-
-def trains_head(model: Any) -> bool:
-    """Whether an adapter of a wrapped model has an output head of its own."""
-    return isinstance(plain_model(model).get_output_embeddings(), ModulesToSaveWrapper)
