@@ -19,6 +19,7 @@ from torch import Tensor
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.dpo_settings import DpoSettings
+from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.training_settings import LoraSettings, ValidationSettings
 from tandem.stages.dpo import run_dpo
 from tandem.storage.atomic_files import read_json, read_jsonl
@@ -294,3 +295,17 @@ def test_answers_that_cannot_be_compared_leave_a_row(model: Path, tmp_path: Path
         (1, "identical answers"),
         (2, "fewer than two answers that can be compared"),
     ]
+
+
+def test_evaluation_compares_two_answers() -> None:
+    with pytest.raises(ValueError, match="whole rows, and two answers are compared here"):
+        EvaluationSettings(pairs=({"path": "x", "completions": "all_pairs"},))  # type: ignore[arg-type]
+
+
+def test_a_plan_counts_what_a_loss_computes_besides() -> None:
+    assert [DpoSettings(loss=name).reference_passes for name in ("sigmoid", "simpo", "kto")] == [
+        1, 0, 2,
+    ]  # fmt: skip
+    assert [DpoSettings(loss=name).sees_steps for name in ("sigmoid", "aot", "kto")] == [
+        False, True, True,
+    ]  # fmt: skip

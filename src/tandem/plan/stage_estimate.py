@@ -84,6 +84,7 @@ class StageEstimate:
     rate: Rate | None  # None where no run has shown one and none was timed
     seconds: float | None  # of training; None without a rate
     reference_seconds: float | None  # of DPO's pass before it
+    reference_records: int  # records of that pass, or of both where there are two
 
 
 def memory_of(shape: ModelShape, use: MemoryUse, engine: str, processes: int) -> Memory:
@@ -205,8 +206,10 @@ class StageSetup:
     ) -> StageEstimate:
         """The estimates that follow from the model's shape and the work."""
         again = self.settings.gradient_checkpointing
-        reference = isinstance(self.settings, DpoSettings) and self.settings.needs_reference
-        operations = count_operations(shape, work, reference=reference, checkpointing=again)
+        passes, seen = 0, False
+        if isinstance(self.settings, DpoSettings):
+            passes, seen = self.settings.reference_passes, self.settings.sees_steps
+        operations = count_operations(shape, work, reference=passes, checkpointing=again, seen=seen)
         memory = memory_of(shape, self.memory_use(work, copies), self.engine, self.processes)
         seconds = reference_seconds = None
         if rate is not None:
@@ -219,8 +222,9 @@ class StageSetup:
                 together = last.reference_operations / last.reference_seconds
             reference_seconds = operations.reference / together
         return StageEstimate(
-            self.rate_key(shape), work, operations, memory, rate, seconds, reference_seconds
-        )
+            self.rate_key(shape), work, operations, memory, rate, seconds, reference_seconds,
+            reference_records=passes * work.records,
+        )  # fmt: skip
 
 
 def estimate_run(
@@ -258,7 +262,7 @@ def remember_run(
 ) -> None:
     """Record a finished stage for the next plan; raises OSError where that cannot be."""
     figures = {name: comparison[name] for name in FIGURES}
-    whole = summary["reference_computed"] == estimate.work.records
+    whole = summary["reference_computed"] == estimate.reference_records
     remember(
         Measured(
             estimate.setting,

@@ -29,7 +29,7 @@ class Operations:
     # gradient of the head takes 2NVH more
     backward: float
     recomputed: float  # with gradient checkpointing, the layers' forward once more: 2(P + L)T + 2aA
-    reference: float  # DPO's pass without the adapter over all records, once: 2PT + 2aA + 2NVH
+    reference: float  # DPO's pass without the adapter over all records: 2PT + 2aA + 2NVH
 
     @property
     def training(self) -> float:
@@ -48,23 +48,28 @@ class Operations:
 
 
 def count_operations(
-    shape: ModelShape, work: Workload, *, reference: bool, checkpointing: bool
+    shape: ModelShape, work: Workload, *, reference: int, checkpointing: bool, seen: bool = False
 ) -> Operations:
-    """The operations of a stage; `checkpointing` computes activations once more in the backward."""
+    """The operations of a stage.
+
+    `reference` is how many passes over the records there are before training, `checkpointing`
+    computes activations once more in the backward, and `seen` says that each step is computed once
+    before, without gradients.
+    """
     linear, adapter = 2.0 * shape.linear * work.tokens, 2.0 * shape.adapter * work.tokens
     attention = 2.0 * shape.attention * work.visible
     head = 2.0 * shape.head * work.targets
     return Operations(
-        forward=linear + adapter + attention + head,
+        forward=(linear + adapter + attention + head) * (2 if seen else 1),
         backward=linear + 2 * adapter + 2 * attention + head * (2 if shape.full else 1),
         recomputed=linear + adapter + attention if checkpointing else 0.0,
         reference=2.0
-        * (shape.linear + (shape.adapter if shape.full else 0))
-        * work.reference_tokens
-        + 2.0 * shape.attention * work.reference_visible
-        + 2.0 * shape.head * work.reference_targets
-        if reference
-        else 0.0,
+        * reference
+        * (
+            (shape.linear + (shape.adapter if shape.full else 0)) * work.reference_tokens
+            + shape.attention * work.reference_visible
+            + shape.head * work.reference_targets
+        ),
     )
 
 

@@ -115,6 +115,17 @@ class DpoSettings(TrainingSettings):
         """Whether any of the losses needs log-probs of a reference."""
         return any(find_loss(name).reference for name in self.losses)
 
+    @property
+    def sees_steps(self) -> bool:
+        """Whether a loss needs a statistic of each step, for which the step is computed before."""
+        return any(find_loss(name).statistic is not None for name in self.losses)
+
+    @property
+    def reference_passes(self) -> int:
+        """Passes of the reference over the data; the second is of answers to other prompts."""
+        more = self.sees_steps and self.compared == "answers"
+        return (1 + more) if self.needs_reference else 0
+
     def idle_options(self) -> dict[str, str]:
         """See `TrainingSettings`; what only other losses use is idle, too."""
         losses = [find_loss(name) for name in self.losses]

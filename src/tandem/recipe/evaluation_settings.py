@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 
 from tandem.recipe.choices import Suite
-from tandem.recipe.data_source import Unweighted
+from tandem.recipe.data_source import DataSource, Unweighted
 from tandem.recipe.pairs_settings import ServerSettings
 from tandem.recipe.section import PathText, Positive, Section
+
+
+def _of_two(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+    """Refuse what makes records of more than two answers, which evaluation does not compare."""
+    for source in sources:
+        if source.completions in ("all_pairs", "best_vs_all", "ranked"):
+            raise ValueError(
+                f"{source.path}: completions: {source.completions} makes records of whole rows, "
+                "and two answers are compared here; take best_vs_worst or best_vs_rest"
+            )
+    return sources
 
 
 class EvaluationSettings(Section):
@@ -21,7 +32,7 @@ class EvaluationSettings(Section):
     questions: Unweighted = Field(
         default=(), description="Questions with known answers, for answer accuracy."
     )
-    pairs: Unweighted = Field(
+    pairs: Annotated[Unweighted, AfterValidator(_of_two)] = Field(
         default=(), description="Held-out preference pairs; empty: the pairs stage's."
     )
     heldout: Unweighted = Field(

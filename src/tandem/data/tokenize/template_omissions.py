@@ -125,6 +125,8 @@ def way_out(reason: str) -> str:
         )
     if reason.startswith("the chat template"):
         return "Mend the template, or choose another `chat_template`."
+    if reason.startswith("no answer to the same prompt is labelled"):
+        return "Train on single answers with `dpo.loss: kto`, or add the answers that are missing."
     return "Correct the data or the limits."
 
 
