@@ -30,7 +30,7 @@ from tandem.model.cpu import onednn_linear
 from tandem.model.load_model import load_model
 from tandem.model.logprobs import output_head
 from tandem.model.logprobs.sequence_logps import micro_batches, sequence_logps
-from tandem.model.lora import forward
+from tandem.model.lora import adapted
 from tandem.model.lora.adapter import LoraWeights
 from tandem.model.prepare_model import FOR_TRAINING, Preparation, prepare_model
 from tandem.recipe.data_source import DataSource
@@ -67,7 +67,7 @@ FORMS: dict[str, Patches] = {
     ),
     "norms and gated MLPs: torch": ((elementwise, "kernels", _none),),
     "head: torch's softmax": ((output_head, "kernels", _none),),
-    "adapter: peft's arithmetic": ((forward, "takes_frozen", lambda *_: False),),
+    "adapter: peft's arithmetic": ((adapted, "takes_frozen", lambda *_: False),),
     "frozen weights: as stored": _AS_STORED,
     "frozen weights: as stored; head: 256 rows by the whole vocabulary": (
         *_AS_STORED,
@@ -80,7 +80,7 @@ FORMS: dict[str, Patches] = {
         *_AS_STORED,
         (elementwise, "kernels", _none),
         (output_head, "kernels", _none),
-        (forward, "takes_frozen", lambda *_: False),
+        (adapted, "takes_frozen", lambda *_: False),
         (onednn_linear, "_AVAILABLE", False),
         (output_head, "_ROWS", 256),
         (output_head, "_block_columns", lambda *_: 2**30),

@@ -16,7 +16,7 @@ from tandem.data.batching.collate import collate, record_key
 from tandem.model.logprobs.sequence_logps import sequence_logps
 from tandem.model.lora.forward import set_dropout_keys
 from tandem.model.lora.input_noise import add_noise, channel_constants, uniform
-from tandem.recipe.training_settings import DpoSettings
+from tandem.recipe.dpo_settings import DpoSettings
 
 from ..data.test_collate import PAIR, TALK
 from ..invariants.made import attend, make_model

@@ -211,7 +211,6 @@ def _local(sources: Sequence[DataSource]) -> list[DataSource]:
 def _check_trained(asked: Recipe, begins: TrainingSettings | None) -> None:
     """Check the base model of the training stages; one on the Hub only if it `begins` the run."""
     from tandem.model.base_model import check_base
-    from tandem.stages.training.adapter_checks import check_started_on
 
     named = {"sft": asked.sft, "dpo": asked.dpo}
     sections = {name: section for name, section in named.items() if section is not None}
@@ -223,5 +222,7 @@ def _check_trained(asked: Recipe, begins: TrainingSettings | None) -> None:
         check_fetchable(asked.model, folder, asked.model_revision)
     check_base(folder, sections, weights=local)
     if local and begins in sections.values():
+        from tandem.stages.training.adapter_checks import check_started_on
+
         assert begins is not None
         check_started_on(begins, asked.model, folder)
