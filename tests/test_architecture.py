@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": _TRAIN,
     "stages": _TRAIN,
     "plan": _TRAIN | {"stages"},
-    "report": _GROUND,
+    "report": _GROUND | {"losses"},
     "chat": _GROUND | {"data", "model"},
     "check": _GROUND | {"recipe", "runtime", "data", "model"},
     "pipeline": _TRAIN | {"pairs", "evaluate", "stages", "plan", "report"},

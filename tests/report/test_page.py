@@ -128,6 +128,23 @@ def test_single_stage_folders(tmp_path: Path) -> None:
     assert "Reward margin" in page_of(tmp_path / "other").text
 
 
+def test_titles_and_captions_are_those_of_the_loss(tmp_path: Path) -> None:
+    usual, other = tmp_path / "usual", tmp_path / "other"
+    for folder, loss in ((usual, None), (other, "simpo")):
+        dpo_stage(folder)
+        found = json.loads((folder / "manifest.json").read_text())
+        found["inputs"]["settings"] = {"loss": loss} if loss else {}
+        write(folder / "manifest.json", found)
+    page = page_of(usual).text
+    assert "Direct Preference Optimization" in page
+    assert "ln 2 = 0.693 at step 0" in page
+    page = page_of(other).text
+    assert "Preference training (simpo)" in page
+    assert "beta × log-prob a token, chosen minus rejected" in page
+    assert "policy − reference" not in page
+    assert "ln 2" not in page
+
+
 def test_running_stage_without_summary(tmp_path: Path) -> None:
     sft_stage(tmp_path / "mine", steps=7, finished=False)
     text = page_of(tmp_path / "mine").text

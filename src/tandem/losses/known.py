@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from tandem.errors import UserError, nearest
 from tandem.losses import labelled, listwise, paired, reference_free
 from tandem.losses.registry import PREFERENCE_LOSSES, PreferenceLoss
 
 # A loss is registered when its module is imported.
 LOSS_MODULES = (paired, reference_free, labelled, listwise)
+
+
+def known_losses(names: Iterable[str]) -> list[PreferenceLoss]:
+    """The losses of the names; without those that a finished run used and that are gone."""
+    return [PREFERENCE_LOSSES[name] for name in names if name in PREFERENCE_LOSSES]
 
 
 def find_loss(name: str) -> PreferenceLoss:

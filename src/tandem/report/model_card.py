@@ -9,11 +9,18 @@ from typing import Any
 
 import yaml
 
+from tandem.losses.known import known_losses
 from tandem.report import result_rows
-from tandem.report.run_facts import RunFacts, StageFacts, find_key, read_run, run_warnings
+from tandem.report.run_facts import (
+    RunFacts,
+    StageFacts,
+    find_key,
+    loss_names,
+    read_run,
+    run_warnings,
+)
 from tandem.result_warnings import MODEL_LABELS, mapping, model_names
 from tandem.storage.atomic_files import atomic_write_text
-from tandem.storage.run_folder import KIND_TITLES
 from tandem.wording import count, is_number
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -58,7 +65,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     if facts.get("description"):
         parts.append(_line(facts["description"]))
     base = facts.get("base_model")
-    kinds = " and then ".join(KIND_TITLES[s["kind"]] for s in facts["stages"])
+    kinds = " and then ".join(s["title"] for s in facts["stages"])
     if base and kinds:
         parts.append(f"Made by tandem: {kinds}, starting from `{_code(base)}`.")
     parts.append(_use(facts))
@@ -82,15 +89,28 @@ def _stage(run: RunFacts, stage: StageFacts) -> dict[str, Any]:
         sources = [pairs.get("prompts"), pairs.get("heldout")]
     return {
         "kind": stage.kind,
+        "title": stage.title,
         "data": [_shown_path(p) for p in _paths(sources)],
         "made": made,
         "hashes": _hashes(inputs),
-        "settings": {k: settings[k] for k in _SETTINGS if settings.get(k) is not None},
+        "settings": {
+            k: settings[k]
+            for k in (*_SETTINGS, *_loss_options(stage))
+            if settings.get(k) is not None
+        },
         "examples": stage.summary.get("examples"),
         "steps": stage.summary.get("steps"),
         "ledger": mapping(stage.summary.get("ledger")),
         "quantization": stage.summary.get("quantization"),
     }
+
+
+def _loss_options(stage: StageFacts) -> list[str]:
+    """Return the settings, besides beta, that the stage's losses use."""
+    names = loss_names(stage.kind, stage.manifest)
+    known = known_losses(names)
+    options = dict.fromkeys(option for loss in known for option in loss.options)
+    return [name for name in options if name != "beta"]
 
 
 def _header(facts: Mapping[str, Any]) -> str:
@@ -121,7 +141,7 @@ def _use(facts: Mapping[str, Any]) -> str:
 
 
 def _stage_text(stage: Mapping[str, Any]) -> str:
-    lines = [f"## {KIND_TITLES[stage['kind']]}", ""]
+    lines = [f"## {_line(stage['title'])}", ""]
     if stage["data"]:
         made = "pairs made in this run from prompts of " if stage.get("made") else ""
         lines.append(f"Data: {made}" + ", ".join(f"`{_code(d)}`" for d in stage["data"]) + ".")

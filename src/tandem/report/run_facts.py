@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,13 @@ from tandem.errors import UserError
 from tandem.result_warnings import ReportWarning, evaluation_warnings, mapping
 from tandem.storage.atomic_files import read_json
 from tandem.storage.hashing import hash_file, unsealed
-from tandem.storage.run_folder import FOLDERS, KIND_TITLES, TRAINING_STAGES, StageName
+from tandem.storage.run_folder import (
+    FOLDERS,
+    KIND_TITLES,
+    TRAINING_STAGES,
+    StageFolder,
+    StageName,
+)
 from tandem.wording import chosen_collapse
 
 # Outputs of stages that a page shows, in part or whole.
@@ -33,6 +39,8 @@ _SECTION_STAGES: dict[str, tuple[StageName, ...]] = {
 # Stages by their folders' names.
 STAGE_FOLDERS = {folder.name: folder for folder in FOLDERS.values()}
 LEDGER_LINES_SHOWN = 25
+# The losses of stages whose settings name none.
+_USUAL_LOSSES = {"sft": "nll", "dpo": "sigmoid"}
 
 
 @dataclass(frozen=True)
@@ -195,7 +203,7 @@ def _read_stage(folder: Path, name: str) -> StageFacts:
     problems += _changed(folder, mapping(manifest.get("outputs")))
     return StageFacts(
         name=name or folder.resolve().name,
-        title=known.title if known else KIND_TITLES.get(kind, kind),
+        title=_title(kind, loss_names(kind, manifest), known),
         kind=kind,
         folder=folder,
         manifest=manifest,
@@ -205,6 +213,21 @@ def _read_stage(folder: Path, name: str) -> StageFacts:
         validation=_lines(folder / "validation.jsonl", problems),
         problems=tuple(problems),
     )
+
+
+def loss_names(kind: str, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the losses that a training stage was given; none where it has its usual one."""
+    found = mapping(mapping(manifest.get("inputs")).get("settings")).get("loss")
+    names = list(found) if isinstance(found, Mapping) else [found] if isinstance(found, str) else []
+    return [] if names == [_USUAL_LOSSES.get(kind)] else list(map(str, names))
+
+
+def _title(kind: str, losses: Sequence[str], known: StageFolder | None) -> str:
+    """Return a stage's title. Only the usual loss of pairs is Direct Preference Optimization."""
+    title = known.title if known else KIND_TITLES.get(kind, kind)
+    if losses:
+        title = f"{'Preference training' if kind == 'dpo' else title} ({', '.join(losses)})"
+    return title
 
 
 def _kind(folder: Path, manifest: Mapping[str, Any], metrics: tuple[Any, ...]) -> str:

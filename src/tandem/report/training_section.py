@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.losses.known import known_losses
 from tandem.report.plots import Bar, Series, bar_chart, histogram, line_chart, smoothing_window
-from tandem.report.run_facts import StageFacts, find_key
+from tandem.report.run_facts import StageFacts, find_key, loss_names
 from tandem.result_warnings import mapping
 from tandem.storage.run_folder import TRAINING_STAGES
 from tandem.wording import count, duration, is_number, number, percent, short_count, size
@@ -55,6 +56,12 @@ _CHARTS = (
     _Chart("Memory", "highest so far, GiB", (("memory_bytes", "memory", "blue"),),
            lambda x: number(x, 3), unit=2.0**30, from_zero=True),
 )  # fmt: skip
+# What an answer's reward is, by the registry's word for it.
+_REWARDS = {
+    "ratio": "beta × (policy − reference)",
+    "policy": "beta × log-prob",
+    "mean": "beta × log-prob a token",
+}
 # The colour of a held-out curve beside a training curve's.
 _HELD_OUT_TONES = {"blue": "rose", "violet": "amber", "teal": "amber"}
 
@@ -125,7 +132,7 @@ def _held_out(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def curves(stage: StageFacts) -> list[Figure]:
     """Return a chart for everything in `_CHARTS` that the stage logged."""
-    figures = []
+    figures, captions = [], _captions(stage)
     for chart in _CHARTS:
         if stage.kind not in chart.stages:
             continue
@@ -142,8 +149,26 @@ def curves(stage: StageFacts) -> list[Figure]:
             from_zero=chart.from_zero,
         )
         if svg:
-            figures.append(Figure(chart.title, chart.caption, svg))
+            figures.append(Figure(chart.title, captions.get(chart.title, chart.caption), svg))
     return figures
+
+
+def _captions(stage: StageFacts) -> dict[str, str]:
+    """Return the captions of charts of losses that are not the usual one."""
+    names = loss_names(stage.kind, stage.manifest)
+    if not names:
+        return {}
+    captions = {"Loss": f"of {', '.join(names)}"}
+    known = known_losses(names)
+    rewards = {loss.reward for loss in known if loss.reward}
+    if len(rewards) == 1 and (words := _REWARDS.get(rewards.pop())):
+        captions["Reward margin"] = f"{words}, chosen minus rejected"
+        captions["Rewards"] = words
+    if not any(loss.reference for loss in known):
+        captions["Reward accuracy"] = "pairs of the step whose chosen answer has the higher reward"
+    if any(loss.compared == "answers" for loss in known):
+        captions["Log-probs of the answers"] = "summed over an answer, of good and bad ones"
+    return captions
 
 
 def smoothing_note(stage: StageFacts) -> str:
