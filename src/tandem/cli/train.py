@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from tandem.recipe.jobs import TrainingJob
 
 _TITLES = {
-    "sft": "Supervised fine-tuning: trains a LoRA adapter on the answers of conversations.",
-    "dpo": "Direct Preference Optimization: trains a LoRA adapter to prefer chosen answers.",
+    "sft": "Supervised fine-tuning: on the answers of conversations; an adapter, or all weights.",
+    "dpo": "Preference training: Direct Preference Optimization, or another loss with --loss.",
 }
 
 
