@@ -35,7 +35,7 @@ LENGTHS = (128, 256)
 
 
 def run_stages(folder: Path, model: Path, **run: Any) -> None:
-    """SFT and DPO on small made data, into FOLDER/sft and FOLDER/dpo."""
+    """SFT, DPO and KTO on small made data, into FOLDER/sft, FOLDER/dpo and FOLDER/kto."""
     from rich.console import Console
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +60,8 @@ def _run(folder: Path, model: Path, console: Any, run: dict[str, Any]) -> None:
     run = {"seed": 3, "dtype": "float32", **run}
     run_sft(training_job(sft_settings, model, folder / "sft", **run), console)
     run_dpo(training_job(dpo_settings, model, folder / "dpo", **run), console)
+    kto_settings = DpoSettings.model_validate({"data": pairs, "loss": "kto", **SETTINGS})
+    run_dpo(training_job(kto_settings, model, folder / "kto", **run), console)
 
 
 class Watch:
