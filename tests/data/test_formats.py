@@ -340,7 +340,7 @@ def test_formats_have_names_for_recipes() -> None:
     assert format_called("orca-dpo-pairs").name == "orca_dpo_pairs"
     with pytest.raises(UserError, match=r"no format 'sharegtp'. Did you mean 'ShareGPT'\?"):
         format_called("sharegtp")
-    with pytest.raises(UserError, match="Known formats: orca_dpo_pairs"):
+    with pytest.raises(UserError, match="Known formats: tokens, token pairs, orca_dpo_pairs"):
         format_called("?")
 
 

@@ -9,7 +9,7 @@ from tandem.check import record_signs
 from tandem.check.column_signs import Columns
 from tandem.check.duplicates import Fingerprints, fingerprints
 from tandem.check.findings import Sign, Tally
-from tandem.check.record_signs import Record, Roles
+from tandem.check.record_signs import Roles
 from tandem.check.survey_result import CheckTarget, Measures, token_lengths
 from tandem.check.text_signs import TextSigns
 from tandem.check.unread_keys import UnreadKeys
@@ -24,7 +24,7 @@ from tandem.data.encoded.example import Example
 from tandem.data.encoded.worker_pool import Answer, ChunkWork
 from tandem.data.ledger import Entry
 from tandem.data.read_records import records_of
-from tandem.data.records import Origin
+from tandem.data.records import Conversation, Origin, Preference, Record
 from tandem.data.sources.chunks import Chunk, RenamedChunk, RowChunk
 from tandem.data.tokenize.codec import CodecParts
 from tandem.data.tokenize.encode import ChatTokenizer
@@ -159,12 +159,15 @@ class Inspector:
         Records of which only a part was encoded are encoded once more.
         """
         assert self._chat is not None
-        known = [
-            fit.example if fit.entry is None else example_of(fit.record, fit.uncut)
-            for _, fit in some
-            if fit.entry is None or _all_counted(fit)
-        ]
-        again = [record for record, fit in some if fit.entry is not None and not _all_counted(fit)]
+        known: list[Example | None] = []
+        again: list[Record] = []
+        for record, fit in some:
+            if fit.entry is None:
+                known.append(fit.example)
+            elif isinstance(fit.record, Conversation | Preference) and _all_counted(fit):
+                known.append(example_of(fit.record, fit.uncut))
+            else:
+                again.append(record)
         options = replace(self._plan.options, limits=Limits(_COUNTED, None))
         known += [fit.example for fit in fit_records(self._chat, options, again)]
         return [example for example in known if example is not None]

@@ -10,12 +10,12 @@ from typing import Literal
 from tandem.data.encoded.dataset_store import DatasetWriter
 from tandem.data.encoded.encode_chunk import EncodingOptions, encode_chunk
 from tandem.data.encoded.example import Branch, Example
-from tandem.data.formats.format import Kind, Record
+from tandem.data.formats.format import Kind
 from tandem.data.formats.known_formats import format_with
 from tandem.data.formats.unpaired import BEFORE, label_of
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.read_records import formatted_chunks, records_of
-from tandem.data.records import Origin
+from tandem.data.records import Origin, Record
 from tandem.data.sources.chunks import BadLine, Row, RowChunk
 from tandem.data.sources.rows import origin_names, read_rows
 from tandem.data.tokenize.encode import ChatTokenizer

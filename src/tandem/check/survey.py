@@ -12,7 +12,7 @@ from tandem.check.column_signs import Columns
 from tandem.check.duplicates import Repeated, look_for_shared
 from tandem.check.findings import Severity, Sign, Tally
 from tandem.check.inspect_chunk import InspectedChunk, inspection
-from tandem.check.record_signs import Record, Roles
+from tandem.check.record_signs import Roles
 from tandem.check.survey_result import CheckTarget, Lengths, Survey
 from tandem.check.unread_keys import UnreadKeys
 from tandem.data.build_dataset import nothing_left
@@ -20,7 +20,7 @@ from tandem.data.encoded.worker_pool import EncodingWork, worked_chunks
 from tandem.data.formats.known_formats import format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.read_records import formatted_chunks, records_of
-from tandem.data.records import Origin
+from tandem.data.records import Origin, Record
 from tandem.data.sources.chunks import Chunk
 from tandem.data.sources.rows import count_sources, read_rows, renaming_of
 from tandem.data.text.contamination import Other
@@ -205,7 +205,7 @@ class _Survey:
                     continue
                 for record in records_of(chunk, known, "drop"):
                     if not isinstance(record, Entry) and record.origin in wanted:
-                        questions[record.origin] = record_signs.question_of(record)
+                        questions[record.origin] = record_signs.shown_of(record)
                 if len(questions) == len(wanted):
                     break
         return questions

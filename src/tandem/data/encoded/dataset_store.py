@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tandem.data.encoded.dataset import Bytes, EncodedDataset, Index
 from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions
 from tandem.data.ledger import Entry, Ledger
+from tandem.data.read_records import holds_tokens
 from tandem.data.sources.compression import is_compressed, kind_of
 from tandem.data.sources.rows import data_files, load_hub, looks_like_path
 from tandem.data.tokenize.codec import CodecParts
@@ -53,8 +54,18 @@ def encoding_key(
             "on_bad_record": options.on_bad_record,
             "sources": contents,
             "meanings": [source.meaning for source in sources],
+            **_rows(sources, parts, options),
         }
     )
+
+
+def _rows(
+    sources: Sequence[DataSource], parts: CodecParts, options: EncodingOptions
+) -> dict[str, int]:
+    """Return the model's rows where rows of tokens are compared with them."""
+    if parts.all_rows is None or not any(holds_tokens(one, options.kind) for one in sources):
+        return {}
+    return {"rows": parts.all_rows}
 
 
 def _content(source: DataSource) -> list[Any] | None:

@@ -8,11 +8,21 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from tandem.data.encoded.dataset import FlatArrays, to_arrays
+from tandem.data.encoded.encode_tokens import checked_tokens, token_example
 from tandem.data.encoded.example import Example, conversation_example, preference_example
-from tandem.data.formats.format import Kind, Record
+from tandem.data.formats.format import Kind
 from tandem.data.ledger import Entry
 from tandem.data.read_records import records_of
-from tandem.data.records import Conversation, Preference, prompt_key
+from tandem.data.records import (
+    ChatRecord,
+    Conversation,
+    Preference,
+    Record,
+    TokenPair,
+    TokenRecord,
+    TokenRow,
+    prompt_key,
+)
 from tandem.data.sources.chunks import Chunk
 from tandem.data.tokenize import encode, template_capabilities
 from tandem.data.tokenize.encode import ChatTokenizer, Encoded, Exchange
@@ -101,7 +111,31 @@ class FitRecord:
 def fit_records(
     chat: ChatTokenizer, options: EncodingOptions, records: Sequence[Record]
 ) -> list[FitRecord]:
-    """Encode and fit some records; raise `UserError` for turns that stop a run."""
+    """Encode and fit some records; raise `UserError` for turns or tokens that stop a run."""
+    rendered = [one for one in records if isinstance(one, Conversation | Preference)]
+    fits = iter(_fit_chats(chat, options, rendered))
+    return [
+        _fit_tokens(chat, options, record)
+        if isinstance(record, TokenRow | TokenPair)
+        else next(fits)
+        for record in records
+    ]
+
+
+def _fit_tokens(chat: ChatTokenizer, options: EncodingOptions, record: TokenRecord) -> FitRecord:
+    fitted = checked_tokens(chat, record, options.limits)
+    if isinstance(fitted, Refused):
+        return _dropped(record, fitted)
+    example = token_example(fitted.record)
+    if not fitted.reason:
+        return FitRecord(record, example)
+    entry = Entry.truncated(record.origin, fitted.reason, fitted.detail)
+    return FitRecord(record, example, entry)
+
+
+def _fit_chats(
+    chat: ChatTokenizer, options: EncodingOptions, records: Sequence[ChatRecord]
+) -> list[FitRecord]:
     records = [_in_form(chat, record) for record in records]
     prepared = [_prepare(chat, options, record) for record in records]
     # All answers in one call of the tokenizer.
@@ -127,7 +161,7 @@ def fit_records(
     return fits
 
 
-def example_of(record: Record, answers: Sequence[Encoded]) -> Example:
+def example_of(record: ChatRecord, answers: Sequence[Encoded]) -> Example:
     """Return the example of a record's encoded answers."""
     if isinstance(record, Conversation):
         scores = () if record.good is None else (float(record.good),)
@@ -146,7 +180,7 @@ def _dropped(record: Record, reason: Refused, uncut: tuple[Encoded, ...] = ()) -
     return FitRecord(record, None, entry, uncut)
 
 
-def _in_form(chat: ChatTokenizer, record: Record) -> Record:
+def _in_form(chat: ChatTokenizer, record: ChatRecord) -> ChatRecord:
     """Return the record with its tool calls as the template takes them."""
     capabilities = chat.capabilities(record.tools)
     if isinstance(record, Conversation):
@@ -161,7 +195,7 @@ class _Prepared:
     A conversation may have lost `dropped` old exchanges already.
     """
 
-    record: Record
+    record: ChatRecord
     exchanges: Sequence[Exchange]
     dropped: int = 0
 
@@ -184,7 +218,9 @@ class _Prepared:
         return fit_conversation(chat, record, own, limits, options.loss_on, self.dropped)
 
 
-def _prepare(chat: ChatTokenizer, options: EncodingOptions, record: Record) -> _Prepared | Refused:
+def _prepare(
+    chat: ChatTokenizer, options: EncodingOptions, record: ChatRecord
+) -> _Prepared | Refused:
     """Return what can be encoded of a record, or why it cannot be trained."""
     on_answers = options.loss_on == "answers"
     capabilities = chat.capabilities(record.tools)
