@@ -466,7 +466,7 @@ def test_rows_that_cannot_be_used_say_why(row: dict[str, Any], reason: str) -> N
 
 
 def test_rows_of_no_known_format_are_not_guessed_at() -> None:
-    assert detect({"text": "hello"}) is None
+    assert detect({"texts": "hello"}) is None
     assert detect({"instruction": "Q", "answer": "A"}) is None
 
 

@@ -180,6 +180,25 @@ def test_a_bad_pair_is_dropped_with_its_reason(
     assert ledger.entries[0].reason.startswith(reason)
 
 
+def test_columns_of_a_table_under_other_names_are_the_same(
+    stories_tokenizer: Any, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [SOUND, {"input_ids": [1, 9, 8], "labels": [-100, 9, 8]}]
+    expected, _ = made(stories_tokenizer, tmp_path, rows)
+    columns = {"ids": [one["input_ids"] for one in rows], "labels": [one["labels"] for one in rows]}
+    kinds = pa.schema([("ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int64()))])
+    pq.write_table(pa.table(columns, schema=kinds), tmp_path / "t.parquet")
+    source = DataSource(path=str(tmp_path / "t.parquet"), fields={"input_ids": "ids"})
+    found = prepare_conversations(
+        [source], tokenizer=stories_tokenizer, max_length=512, ledger=Ledger(None),
+        template=resolve_template(stories_tokenizer, "neural-chat"),
+    )  # fmt: skip
+    assert same(found, expected)
+
+
 def test_ids_without_labels_are_no_format(stories_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`labels` beside them says which are trained"):
         made(stories_tokenizer, tmp_path, [{"input_ids": [1, 2]}])

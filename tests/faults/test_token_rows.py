@@ -64,9 +64,9 @@ def test_pairs_of_tokens_are_no_data_of_sft_nor_rows_of_dpo(desk: Desk) -> None:
     rows, pairs = file(desk, "rows.jsonl", token_rows(8)), file(desk, "p.jsonl", token_pairs(8))
     desk.refused(
         desk.train(dataset_name=pairs),
-        "holds preference pairs (token pairs: chosen_ids, prompt_ids, rejected_ids)",
+        "holds token pairs (chosen_ids, prompt_ids, rejected_ids), but this stage",
     )
-    desk.refused(desk.train("dpo", dataset_name=rows), "holds conversations (tokens: input_ids")
+    desk.refused(desk.train("dpo", dataset_name=rows), "holds tokens (input_ids, labels), but")
 
 
 def test_prompts_cannot_be_made_of_tokens(desk: Desk) -> None:

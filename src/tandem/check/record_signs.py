@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.check.findings import Sign, Tally
-from tandem.check.text_signs import TextSigns
+from tandem.check.text_signs import TOKENS, TextSigns
 from tandem.data.records import (
     REASONING,
     ChatRecord,
     Conversation,
+    Document,
     Preference,
     Record,
     TokenPair,
@@ -149,8 +150,10 @@ class Roles:
 def texts_of(record: Record) -> list[tuple[str, str]]:
     """Return a record's texts in order, each with its role, or `chosen`, `reasoning` and so on.
 
-    A record of tokens has none.
+    A record of tokens has none; a document's is `text`.
     """
+    if isinstance(record, Document):
+        return [("text", record.text)]
     if isinstance(record, TokenRow | TokenPair):
         return []
     if isinstance(record, Conversation):
@@ -173,9 +176,9 @@ def _texts_of_turn(turn: Turn) -> list[tuple[str, str]]:
 def prompt_of(record: Record) -> tuple[Turn, ...]:
     """Return the turns before a record's first answer, or before both answers of a pair.
 
-    A record of tokens has none.
+    A record without turns has none.
     """
-    if isinstance(record, TokenRow | TokenPair):
+    if not isinstance(record, Conversation | Preference):
         return ()
     if isinstance(record, Preference):
         return record.prompt
@@ -189,7 +192,9 @@ def question_of(record: Record) -> str:
 
 
 def shown_of(record: Record) -> str:
-    """Return what shows a record in a line: its question, or the first of its tokens."""
+    """Return what shows a record in a line: its question, its text, or the first of its tokens."""
+    if isinstance(record, Document):
+        return record.text
     if isinstance(record, TokenRow | TokenPair):
         ids = record.ids if isinstance(record, TokenRow) else record.prompt
         return f"tokens {' '.join(map(str, ids[:_SHOWN_IDS]))}"
@@ -209,8 +214,11 @@ def body_of(record: Record) -> str:
 def digests_of(record: Record) -> tuple[int, int, int, int]:
     """Return 64 bits each: of the record (a pair's answers in any order), prompt, last answer.
 
-    The fourth is of that answer's text alone, 0 for a short one and for tokens.
+    The fourth is of that answer's text alone, 0 for a short one and for tokens. A document has
+    neither prompt nor answer.
     """
+    if isinstance(record, Document):
+        return _digest(record.text), 0, 0, 0
     if isinstance(record, TokenRow | TokenPair):
         return _token_digests(record)
     prompt = "\0".join((record.tools, *map(_spelt, prompt_of(record))))
@@ -264,7 +272,8 @@ def look_at(
     seen: set[tuple[str, int]] = set()  # a record counts once for each sign of its texts
     for number, sign, at, kind in texts.find(all_texts):
         key = (sign.name, id(owners[number]))
-        if key not in seen:
+        # A document may well be about templates, or a transcript: it is trained as it is.
+        if key not in seen and not (sign is TOKENS and isinstance(owners[number], Document)):
             seen.add(key)
             tally.add(sign, owners[number].origin, all_texts[number], at, kind)
 
@@ -288,9 +297,9 @@ def _of_one(record: ChatRecord) -> Iterator[tuple[Sign, str, int]]:
 def answers_of(record: Record) -> int:
     """Count the answers of a record that are inspected: trained ones, or a pair's chosen one.
 
-    Those of tokens are not.
+    Those of tokens are not, and a document has none.
     """
-    if isinstance(record, TokenRow | TokenPair):
+    if not isinstance(record, Conversation | Preference):
         return 0
     if isinstance(record, Preference):
         return 1
@@ -312,7 +321,10 @@ def character_lengths(records: Sequence[Record]) -> dict[str, NDArray[np.int32]]
     for record in records:
         if isinstance(record, TokenRow | TokenPair):
             continue
-        if isinstance(record, Preference):
+        if isinstance(record, Document):
+            size = len(record.text)
+            lengths = {"whole": size, "prompt": 0, "answers": size}
+        elif isinstance(record, Preference):
             prompt = sum(map(_length, record.prompt))
             answers = {"chosen": len(record.chosen), "rejected": len(record.rejected)}
             lengths = {"whole": prompt + max(answers.values()), "prompt": prompt, **answers}

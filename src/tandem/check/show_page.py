@@ -18,6 +18,7 @@ from tandem.check.survey_result import CheckTarget
 from tandem.data.records import (
     REASONING,
     Conversation,
+    Document,
     Record,
     TokenPair,
     TokenRow,
@@ -49,6 +50,9 @@ def visible(text: str) -> str:
 
 def print_turns(console: Console, record: Record) -> None:
     """Print a record's texts, tools, calls and reasoning under their roles, or its tokens."""
+    if isinstance(record, Document):
+        _print_text(console, "text", record.text)
+        return
     if isinstance(record, TokenRow | TokenPair):
         for name, ids in _ids_of(record):
             _print_text(console, name, " ".join(map(str, ids)))

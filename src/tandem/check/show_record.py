@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -176,8 +176,13 @@ def encode_row(chat: ChatTokenizer, options: EncodingOptions, place: Place) -> E
     writer = DatasetWriter(None, [batch.file])
     writer.add(batch)
     writer.finish({}, [len(batch.arrays.parts)])
-    examples = tuple(_sections(one, options.kind, chat.codec.decode) for one in writer.dataset())
-    return Encodings(options.kind, examples, batch.entries)
+    examples = [_sections(one, options.kind, chat.codec.decode) for one in writer.dataset()]
+    if batch.sizes:
+        examples = [
+            tuple(replace(section, name=f"piece {number} of {len(examples)}") for section in one)
+            for number, one in enumerate(examples, start=1)
+        ]
+    return Encodings(options.kind, tuple(examples), batch.entries)
 
 
 def _sections(

@@ -76,7 +76,7 @@ class _Survey:
         self._tally, self._roles = Tally(shown), Roles()
         self._lengths = Lengths("tokens" if target.chat else "characters")
         self._repeated = Repeated(shown)
-        self._answers = self._records = 0
+        self._answers = self._records = self._examples = 0
         self._joined, self._keys = Columns(target.options.kind), UnreadKeys()
         self._stop: str | None = None
         self.ended: str | None = None
@@ -123,6 +123,7 @@ class _Survey:
         if found.failed is not None:
             raise found.failed
         self._answers += found.answers
+        self._examples += found.examples
         self._roles.merge(found.roles)
         self._keys.merge(found.keys)
         prints = found.prints
@@ -152,6 +153,7 @@ class _Survey:
             self._keys.listed,
             self._keys.cut,
             counts,
+            self._examples,
             ledger.summary()["reasons"],
             self._roles,
             self._lengths.unit,
@@ -229,6 +231,9 @@ def _of_ledger(entry: Entry, *, stops: bool, too_many: bool) -> Sign:
     if entry.outcome == "truncated":
         hint = "Raise max_length or max_prompt_length, or shorten them."
         return Sign("truncated", f"would be truncated: {reason}", "note", hint, about=reason)
+    if entry.outcome == "split":
+        hint = "A larger max_length splits fewer; each piece begins without what is before it."
+        return Sign("split", f"would be split: {reason}", "note", hint, about=reason)
     severity: Severity = "error" if stops or too_many else "warning"
     mend = way_out(reason) if reason.startswith("the chat template") else "Mend them."
     hint = f"{mend} More than max_dropped of them stop a run."

@@ -22,7 +22,7 @@ from tandem.data.formats.known_formats import (
 from tandem.data.formats.turns import check_text_alone, tools_in
 from tandem.data.formats.unpaired import joined
 from tandem.data.ledger import Entry, Ledger
-from tandem.data.records import Conversation, Preference, Record, TokenPair
+from tandem.data.records import Conversation, Document, Preference, Record, TokenPair
 from tandem.data.sources.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
 from tandem.data.sources.rows import read_chunks, read_rows
 from tandem.errors import UserError
@@ -44,6 +44,8 @@ def read_conversations(
     Raises `UserError` for rows without turns.
     """
     for record in _read(sources, "conversations", ledger, on_bad_record):
+        if isinstance(record, Document):
+            raise not_answers(record)
         if not isinstance(record, Conversation):
             raise UserError(
                 f"{record.origin}: this record has no turns, only tokens, and conversations are "
@@ -88,6 +90,16 @@ def read_questions(sources: Sequence[DataSource], limit: int | None = None) -> l
     if not questions:
         raise UserError(f"data: there is no question in {names_of(sources)}.")
     return questions
+
+
+def not_answers(record: Document) -> UserError:
+    """Return the error that answers cannot be trained or asked for in a text alone."""
+    return UserError(
+        f"{record.origin}: its `text` does not say what is asked and what is answered. For "
+        "training on every token of such texts set `loss_on: text` in the recipe's sft, or "
+        f"--loss_on text. Known formats of conversations: {describe_formats('conversations')}. If "
+        f"only names differ, say so {SAYING}."
+    )
 
 
 def _read(
@@ -271,10 +283,10 @@ def _detect(row: Row, source: DataSource, kind: Kind) -> Format | None:
         return None
     known = known_formats.variant(known, kind, source.completions)
     if known.kind != kind:
+        what = f"{known.kind} ({known.name}: " if known.chat else f"{known.name} ("
         raise UserError(
-            f"data: {source.path} holds {known.kind} ({known.name}: "
-            f"{', '.join(sorted(known.keys))}), but this stage trains on {kind}. Known formats of "
-            f"{kind}: {describe_formats(kind)}."
+            f"data: {source.path} holds {what}{', '.join(sorted(known.keys))}), but this stage "
+            f"trains on {kind}. Known formats of {kind}: {describe_formats(kind)}."
         )
     return known
 

@@ -139,14 +139,27 @@ class TokenPair:
     origin: Origin
 
 
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text of which every token is trained, without a chat template."""
+
+    text: str
+    origin: Origin
+
+
 # Records that chat templates render, and those that they do not.
 ChatRecord = Conversation | Preference
 TokenRecord = TokenRow | TokenPair
-Record = ChatRecord | TokenRecord
+Record = ChatRecord | TokenRecord | Document
 
 
 def prompt_key(record: Record) -> int:
-    """Return a 64-bit hash of a record's uncut prompt: all before the first trained answer."""
+    """Return a 64-bit hash of a record's uncut prompt: all before the first trained answer.
+
+    That of a document is of all of it, so that its pieces are held out together.
+    """
+    if isinstance(record, Document):
+        return _hash(json.dumps({"text": record.text}))
     if isinstance(record, TokenRow | TokenPair):
         prompt = record.prompt if isinstance(record, TokenPair) else record.ids[: record.start]
         return _hash(json.dumps(prompt))

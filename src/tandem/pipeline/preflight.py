@@ -159,7 +159,7 @@ def check_tokens(recipe: Recipe) -> None:
     chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, recipe.chat_template), rows)
     for kind, sources in wanted:
         # Chunk by chunk, and none is kept: data may be larger than memory.
-        options = EncodingOptions(kind, Limits(_NO_LIMIT, None), "drop")
+        options = EncodingOptions(kind, Limits(_NO_LIMIT, None), "drop", documents=True)
         chunks = formatted_chunks(sources, kind, Ledger(None), "drop")
         doing, total = "looking for tokens without a row", partial(count_sources, sources)
         for _ in encoded_chunks(chunks, chat, options, doing, total, EncodingWork()):

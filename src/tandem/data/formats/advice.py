@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tandem.data.formats.format import Fields, Kind
-from tandem.data.formats.known_formats import describe_formats, detect
+from tandem.data.formats.known_formats import detect
 from tandem.data.formats.turns import is_turn, known_role
 
 SAYING = "with `fields: {key of the format: key of the data}` in a recipe, or --fields KEY=NAME"
@@ -22,7 +22,6 @@ def advice_on(fields: Fields, kind: Kind) -> str | None:
         for key, value in fields.items()
         if isinstance(value, list) and value and all(is_turn(item) for item in value)
     ]
-    texts = [key for key, value in fields.items() if isinstance(value, str) and value.strip()]
     if len(columns) > 1:
         return (
             f"But {' and '.join(f'`{key}`' for key in columns)} hold turns: say which is what "
@@ -37,11 +36,6 @@ def advice_on(fields: Fields, kind: Kind) -> str | None:
             return (
                 "But `input_ids` are tokens: `labels` beside them says which are trained, as long "
                 "as they are, -100 for the others."
-            )
-        if len(texts) == 1 and texts[0] == "text":
-            return (
-                "But its `text` does not say what is asked and what is answered. Known formats of "
-                f"{kind}: {describe_formats(kind)}."
             )
         return None
     column = columns[0]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tandem.data.formats import conversations, preferences, tokens
+from tandem.data.formats import conversations, documents, preferences, tokens
 from tandem.data.formats.conversations import INSTRUCTION, QUERY, QUESTION
 from tandem.data.formats.format import Fields, Format, Kind, Reader, ToUnpaired
 from tandem.data.formats.unpaired import (
@@ -136,6 +136,8 @@ FORMATS: tuple[Format, ...] = (
                split_instruction("answer", **QUESTION)),
     _conversations("question and answer", "question answer",
                    conversations.read_question_and_answer, "context system history"),
+    _conversations("raw text", "text", documents.read_document, chat=False,
+                   suits=documents.is_document),
 )  # fmt: skip
 
 

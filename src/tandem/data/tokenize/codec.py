@@ -38,6 +38,7 @@ class Codec(Protocol):
     """Renders turns, encodes texts with nothing added, decodes ids."""
 
     bos_token_id: int | None
+    eos_token_id: int | None
 
     def strange(self, ids: Iterable[int]) -> int | None:
         """Return the first id that the tokenizer does not have; see `require_known`."""
@@ -79,6 +80,7 @@ class TransformersCodec:
         self._rows, self._all_rows = rows, all_rows
         self._known: frozenset[int] = frozenset()  # all ids, once one is asked for
         self.bos_token_id: int | None = tokenizer.bos_token_id
+        self.eos_token_id: int | None = tokenizer.eos_token_id
 
     def strange(self, ids: Iterable[int]) -> int | None:
         self._known = self._known or frozenset(self._tokenizer.get_vocab().values())
@@ -129,6 +131,7 @@ class CodecParts:
     # of the model's embedding, where the tokenizer has more tokens; None: all have a row
     rows: int | None = None
     all_rows: int | None = None  # the same whatever the tokenizer has; None: unknown
+    eos_token_id: int | None = None  # one of the `special` tokens
 
     @property
     def identity(self) -> str:
@@ -155,7 +158,7 @@ class FastCodec:
     def __init__(self, parts: CodecParts) -> None:
         from tokenizers import Tokenizer
 
-        self.bos_token_id = parts.bos_token_id
+        self.bos_token_id, self.eos_token_id = parts.bos_token_id, parts.eos_token_id
         self._rows, self._all_rows = parts.rows, parts.all_rows
         self._template = parts.template
         self._special = dict(parts.special)
@@ -258,6 +261,7 @@ def make_codec(
         shown=json.dumps(shown),
         rows=rows,
         all_rows=all_rows,
+        eos_token_id=tokenizer.eos_token_id,
     )
     texts = [text for text in shown if text] + [turn.content for turn in _PROBE]
     # transformers writes today's date, even if a run began on another day.
