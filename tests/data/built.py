@@ -40,7 +40,7 @@ def prepare(
     """The dataset that `build_dataset` makes of these."""
     chat = ChatTokenizer.of(tokenizer, template, rows)
     limits = Limits(max_length, max_prompt_length, too_long)
-    options = EncodingOptions(kind, limits, on_bad_record, loss_on)
+    options = EncodingOptions(kind, limits, on_bad_record, loss_on, loss_on == "text")
     return build_dataset(sources, chat, options, ledger, EncodingWork(store, workers, show, limit))
 
 

@@ -340,7 +340,7 @@ def test_formats_have_names_for_recipes() -> None:
     assert format_called("orca-dpo-pairs").name == "orca_dpo_pairs"
     with pytest.raises(UserError, match=r"no format 'sharegtp'. Did you mean 'ShareGPT'\?"):
         format_called("sharegtp")
-    with pytest.raises(UserError, match="Known formats: orca_dpo_pairs"):
+    with pytest.raises(UserError, match="Known formats: tokens, token pairs, orca_dpo_pairs"):
         format_called("?")
 
 
@@ -466,7 +466,7 @@ def test_rows_that_cannot_be_used_say_why(row: dict[str, Any], reason: str) -> N
 
 
 def test_rows_of_no_known_format_are_not_guessed_at() -> None:
-    assert detect({"text": "hello"}) is None
+    assert detect({"texts": "hello"}) is None
     assert detect({"instruction": "Q", "answer": "A"}) is None
 
 

@@ -202,7 +202,7 @@ def test_a_name_that_only_a_late_row_has_is_found(tmp_path: Path) -> None:
 
 
 def test_what_is_said_is_part_of_what_the_data_is(tmp_path: Path) -> None:
-    parts: Any = SimpleNamespace(identity="a tokenizer")
+    parts: Any = SimpleNamespace(identity="a tokenizer", all_rows=None)
     plan = EncodingOptions("preference pairs", Limits(64, None), "stop")
     said: list[dict[str, Any]] = [
         {},

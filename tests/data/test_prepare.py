@@ -308,8 +308,8 @@ def test_the_other_kind_of_data_is_named(tmp_path: Path) -> None:
 
 def test_unknown_formats_and_empty_data_are_errors(tmp_path: Path) -> None:
     for count in (1, 40):
-        source = write(tmp_path / "x.jsonl", [{"text": "t", "label": 1}] * count)
-        with pytest.raises(UserError, match=r"row \d+: .*its keys are: text, label"):
+        source = write(tmp_path / "x.jsonl", [{"texts": "t", "label": 1}] * count)
+        with pytest.raises(UserError, match=r"row \d+: .*its keys are: texts, label"):
             list(read_pairs([source], Ledger(None)))
     source = write(tmp_path / "empty.jsonl", [])
     with pytest.raises(UserError, match=r"empty\.jsonl is empty"):

@@ -16,11 +16,11 @@ from tandem.data.tokenize.chat_template import (
     missing_tokens,
     prompt_ids,
     render,
-    require_ending,
     resolve_template,
     stop_ids,
     template_names,
 )
+from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens
 from tandem.errors import UserError
 
@@ -153,7 +153,7 @@ def test_what_named_templates_render(name: str, text: str, mistral_tokenizer: An
 def test_headers_that_are_no_tokens_are_refused(mistral_tokenizer: Any) -> None:
     template = resolve_template(mistral_tokenizer, "llama-3")
     with pytest.raises(UserError, match="'llama-3' does not end an answer"):
-        require_ending(mistral_tokenizer, template)
+        ChatTokenizer.of(mistral_tokenizer, template).ending_for("")
 
 
 def test_a_template_file(mistral_tokenizer: Any, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_answers_that_would_never_stop_are_noticed_and_refused_in_training(
     template = resolve_template(mistral_tokenizer, "chatml")
     assert any("never stop" in notice for notice in template.notices)
     with pytest.raises(UserError, match=r"'chatml' does not end an answer.*never stop"):
-        require_ending(mistral_tokenizer, template)
+        ChatTokenizer.of(mistral_tokenizer, template).ending_for("")
     assert stop_ids(mistral_tokenizer, template) == [mistral_tokenizer.eos_token_id]
 
 
@@ -270,7 +270,7 @@ def test_what_a_template_writes_and_the_tokenizer_lacks_can_be_added(
     assert added == AddedTokens({"<|im_start|>": 512, "<|im_end|>": 513}, {"</s>": 2})
     assert added.ids == (2, 512, 513)
     assert missing_tokens(tokenizer, template) == []
-    assert require_ending(tokenizer, template).token == "<|im_end|>"
+    assert ChatTokenizer.of(tokenizer, template).ending.token == "<|im_end|>"
     assert tokenizer.encode("a<|im_end|>", add_special_tokens=False)[-1] == 513
     assert add_tokens(tokenizer, ["<|im_end|>"]) == AddedTokens({}, {"<|im_end|>": 513})
     with pytest.raises(UserError, match="blank at its edge"):

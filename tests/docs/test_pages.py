@@ -85,7 +85,7 @@ def test_the_example_records_can_be_read() -> None:
         "unpaired preference",
         "orca_dpo_pairs", "explicit preference", "explicit preference", "ShareGPT preference",
         "Alpaca preference", "implicit preference", "UltraFeedback", "scored answers",
-        "question and answer",
+        "raw text", "tokens", "token pairs", "question and answer",
     ]  # fmt: skip
     read_question(fields, origin)
     text = " ".join(page.read_text().split())

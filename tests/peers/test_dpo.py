@@ -111,6 +111,26 @@ def test_token_ids_equal_trls(trl: Any, pairs: list[plain.Pair], trees: list[Exa
             assert sequence.trained.tolist() == trained
 
 
+def test_rows_that_trl_made_are_the_same_examples(
+    trl: Any, trees: list[Example], chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Its columns beside them are those of the pairs; what its collator feeds is what is fed."""
+    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [{key: row[key] for key in keys} for row in trl.train_dataset]
+    file = plain.write_rows(tmp_path / "rows.jsonl", rows)
+    found = ours.trees_of(prepare_pairs, file, chat_tokenizer)
+    fed = trl.data_collator(rows)
+    for number, (tree, expected) in enumerate(zip(found, trees, strict=True)):
+        for branch in (0, 1):
+            sequence, other = tree.sequence(branch), expected.sequence(branch)
+            assert sequence.input_ids.tolist() == other.input_ids.tolist()
+            assert sequence.trained.tolist() == other.trained.tolist()
+            place = number + branch * len(rows)
+            seen = fed["attention_mask"][place].bool()
+            assert fed["input_ids"][place][seen].tolist() == sequence.input_ids.tolist()
+        assert len(tree.prefix.input_ids) == len(expected.prefix.input_ids)
+
+
 def test_loss_logps_and_gradients_equal_trls(
     trl: Any, trees: list[Example], oracle: Expected, stories_path: Path
 ) -> None:

@@ -36,6 +36,50 @@ def test_token_ids_and_masks_equal_plain_templating(
         assert sequence.trained.tolist() == conversation.trained
 
 
+def test_rows_of_tokens_are_the_same_examples_and_trls(
+    conversations: list[plain.Labelled],
+    conversations_file: Path,
+    chat_tokenizer: Any,
+    stories_path: Path,
+    tmp_path: Path,
+) -> None:
+    """Rows of ids and labels are trained by both as the conversations are that they are of."""
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_progress_bars()
+    rows = [
+        {
+            "input_ids": one.ids,
+            "labels": [i if t else -100 for i, t in zip(one.ids, one.trained, strict=True)],
+        }
+        for one in conversations
+    ]
+    file = plain.write_rows(tmp_path / "rows.jsonl", rows)
+    found = ours.trees_of(prepare_conversations, file, chat_tokenizer)
+    expected = ours.trees_of(prepare_conversations, conversations_file, chat_tokenizer)
+    trainer = SFTTrainer(
+        model=plain.load(stories_path),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none",
+            disable_tqdm=True, activation_checkpointing=False, max_length=plain.CONTEXT,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=chat_tokenizer,
+    )  # fmt: skip
+    fed = trainer.data_collator(list(trainer.train_dataset))
+    for number, (tree, other) in enumerate(zip(found, expected, strict=True)):
+        sequence = tree.sequence(0)
+        assert len(tree.branches) == 1
+        assert sequence.input_ids.tolist() == other.sequence(0).input_ids.tolist()
+        assert sequence.trained.tolist() == other.sequence(0).trained.tolist()
+        size = len(sequence.input_ids)
+        assert fed["input_ids"][number, :size].tolist() == sequence.input_ids.tolist()
+        targets = fed["labels"][number] != -100
+        assert targets[:size].tolist() == sequence.trained.tolist()
+        assert not targets[size:].any()
+
+
 def test_loss_and_gradients_equal_transformers(
     conversations: list[plain.Labelled],
     conversations_file: Path,

@@ -42,7 +42,7 @@ def check_data(job: CheckJob, folder: Path, *, as_one_object: bool) -> None:
     if job.recipe is not None and job.limit is None:
         for one in surveys:
             if one.target.stage is not None and not one.target.held_out:
-                doubts = doubts_of(one.target.stage, job.recipe, one.counts["trained"])
+                doubts = doubts_of(one.target.stage, job.recipe, one.examples)
                 notices = [*doubts, *notices]
     if as_one_object:
         _print_json(job, surveys, notices)

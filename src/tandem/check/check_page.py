@@ -98,6 +98,7 @@ def _lines(console: Console, survey: Survey, tokenizer: str | None) -> Iterator[
     yield Text(
         f"{_records(counts['read'])} read{as_stage}: {counts['trained']:,} {use}"
         f" ({counts['truncated']:,} of them truncated), {counts['dropped']:,} dropped"
+        + (f", {counts['split']:,} split" if "split" in counts else "")
     )
     yield Text()
     yield from _turns(survey)
@@ -115,13 +116,14 @@ def _keys(survey: Survey) -> str:
 
 def _turns(survey: Survey) -> Iterator[Text]:
     turns = survey.roles.turns
-    if not turns:
+    if not survey.roles.languages:
         return
     listing = ", ".join(
         f"{n} ({_share(count, turns.total())})" for n, count in turns.most_common(4)
     )
     more = f", up to {max(turns)}" if len(turns) > 4 else ""
-    yield Text.assemble(("turns a record  ", "bold"), listing, more)
+    if turns:
+        yield Text.assemble(("turns a record  ", "bold"), listing, more)
     languages = survey.roles.languages.items()
     rows = [(role, f"{some.total():,}", _languages(some)) for role, some in languages]
     yield from _table([("role", "texts", "languages (a guess)"), *rows], right=(1,))

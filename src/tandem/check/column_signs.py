@@ -14,7 +14,7 @@ from tandem.check.unread_keys import UnreadKeys
 from tandem.data.formats.format import Format, Kind, texts_in
 from tandem.data.formats.known_formats import FORMATS, format_with
 from tandem.data.formats.turns import known_role, read_keys
-from tandem.data.records import Conversation, Preference
+from tandem.data.records import ChatRecord, Conversation, Preference, Record
 from tandem.data.sources.chunks import BadLine, Names, Row, led_into
 
 SWAPPED_SCORE = Sign(
@@ -133,7 +133,9 @@ class Columns:
         if not known_format.joins:
             self._note(fields.values(), known_format, led)
 
-        def signs(record: Conversation | Preference) -> Iterator[tuple[Sign, str]]:
+        def signs(record: Record) -> Iterator[tuple[Sign, str]]:
+            if not isinstance(record, Conversation | Preference):
+                return  # the columns beside may well be what the tokens were made of
             row = fields[record.origin.row]
             yield from self._signs(row, known_format, led, record)
             if isinstance(record, Preference):
@@ -174,7 +176,7 @@ class Columns:
                 self._keys.add(f"{column}[].{key}")
 
     def _signs(
-        self, fields: Fields, known: Format, led: Set[str], record: Conversation | Preference
+        self, fields: Fields, known: Format, led: Set[str], record: ChatRecord
     ) -> Iterator[tuple[Sign, str]]:
         """Yield signs, with a text, that other columns of a row should have been read."""
         layout = self._layout(fields, known, led)
@@ -222,7 +224,7 @@ def _says(value: object, name: str) -> bool | None:
     return {"1": True, "1.0": True, "yes": True, "0": False, "0.0": False, "no": False}.get(text)
 
 
-def _lost(column: str, value: object, record: Conversation | Preference) -> str | None:
+def _lost(column: str, value: object, record: ChatRecord) -> str | None:
     """Return the longest text of a column that is nowhere in the record; None without one."""
     if value is None or isinstance(value, bool | int | float):
         return None

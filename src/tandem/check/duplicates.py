@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.check.findings import Sign, Tally, excerpt
-from tandem.check.record_signs import Record, body_of, digests_of, question_of
-from tandem.data.records import Origin, Preference
+from tandem.check.record_signs import body_of, digests_of, question_of
+from tandem.data.records import Origin, Preference, Record, TokenPair
 from tandem.data.text.contamination import RUN, Other, many_words, prompt_digest
 from tandem.data.text.word_hashes import Hashes, Words, hash_words
 
@@ -55,7 +55,11 @@ def fingerprints(file: str, records: Sequence[Record], *, words: bool) -> Finger
     if not records:
         return None
     found = hash_words([body_of(record) for record in records])
-    flipped = [isinstance(one, Preference) and one.chosen > one.rejected for one in records]
+    flipped = [
+        (isinstance(one, Preference) and one.chosen > one.rejected)
+        or (isinstance(one, TokenPair) and one.chosen > one.rejected)
+        for one in records
+    ]
     return Fingerprints(
         file,
         np.array([record.origin.row for record in records], dtype=np.int64),

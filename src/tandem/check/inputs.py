@@ -92,7 +92,7 @@ class StageChat:
 
 
 def doubts_of(stage: str, recipe: Recipe, records: int) -> list[str]:
-    """Return warnings of a stage's settings without effect, for a number of training records."""
+    """Return warnings of a stage's settings without effect, for a number of training examples."""
     settings = {"sft": recipe.sft, "dpo": recipe.dpo}[stage]
     if settings is None or not records:
         return []
@@ -196,7 +196,7 @@ def options_of(kind: Kind, settings: TrainingSettings | None) -> EncodingOptions
     if settings is not None:
         return EncodingOptions.of(kind, settings)
     on_bad_record = _setting(stage_of(kind), None, "on_bad_record")
-    return EncodingOptions(kind, Limits(_NO_LIMIT, None), on_bad_record)
+    return EncodingOptions(kind, Limits(_NO_LIMIT, None), on_bad_record, documents=True)
 
 
 def stage_chat(

@@ -9,7 +9,7 @@ from tandem.check import record_signs
 from tandem.check.column_signs import Columns
 from tandem.check.duplicates import Fingerprints, fingerprints
 from tandem.check.findings import Sign, Tally
-from tandem.check.record_signs import Record, Roles
+from tandem.check.record_signs import Roles
 from tandem.check.survey_result import CheckTarget, Measures, token_lengths
 from tandem.check.text_signs import TextSigns
 from tandem.check.unread_keys import UnreadKeys
@@ -19,12 +19,13 @@ from tandem.data.encoded.encode_chunk import (
     entries_of,
     example_of,
     fit_records,
+    require_answers,
 )
 from tandem.data.encoded.example import Example
 from tandem.data.encoded.worker_pool import Answer, ChunkWork
 from tandem.data.ledger import Entry
 from tandem.data.read_records import records_of
-from tandem.data.records import Origin
+from tandem.data.records import Conversation, Document, Origin, Preference, Record
 from tandem.data.sources.chunks import Chunk, RenamedChunk, RowChunk
 from tandem.data.tokenize.codec import CodecParts
 from tandem.data.tokenize.encode import ChatTokenizer
@@ -37,6 +38,10 @@ _COUNTED = 2**17
 _UNCOUNTED = Sign(
     "very_long", f"records of more than {_COUNTED:,} tokens, whose rest was not counted", "note",
     "A record this long is often a whole file by mistake: look at it.",
+)  # fmt: skip
+_RAW = Sign(
+    "raw_text", "rows of a text alone, of which every token would be trained", "note",
+    "SFT takes them with `loss_on: text`, and no other stage does.",
 )  # fmt: skip
 
 
@@ -67,8 +72,8 @@ class InspectionSetup:
 class InspectedChunk:
     """What a survey keeps of a chunk.
 
-    `entries` and `trained` are for the ledger. Where records could not be measured, `failed` says
-    why, and they were not inspected further.
+    `entries` and `trained` are for the ledger; `examples` is how many a recipe's stage would make.
+    Where records could not be measured, `failed` says why, and they were not inspected further.
     """
 
     entries: tuple[Entry, ...]
@@ -76,6 +81,7 @@ class InspectedChunk:
     lengths: tuple[Measures, ...]
     tally: Tally
     answers: int = 0
+    examples: int = 0
     roles: Roles = field(default_factory=Roles)
     keys: UnreadKeys = field(default_factory=UnreadKeys)
     prints: Fingerprints | None = None
@@ -112,7 +118,11 @@ class Inspector:
         rows = tuple(chunk.rows())
         parts = list(records_of(RowChunk(chunk.file, chunk.count, rows), known, "drop"))
         records = [one for one in parts if not isinstance(one, Entry)]
+        require_answers(self._plan.options, records)
         tally = Tally(self._plan.shown)
+        for record in () if self._plan.limited else records:
+            if isinstance(record, Document):
+                tally.add(_RAW, record.origin, record.text)
         measured = self._measure(parts, records, tally)
         if measured.failed is not None:
             return measured
@@ -141,8 +151,8 @@ class Inspector:
         entries = entries_of(parts, fits)
         trained = sum(fit.example is not None for fit in fits)
         # A row may have several records, of which only one was cut.
-        cut = {entry.row for entry in entries} if plan.limited else set()
-        kept = [fit.example for fit in fits if fit.record.origin.row not in cut]
+        cut = {one.row for one in entries if one.outcome != "split"} if plan.limited else set()
+        kept = [fit.joined for fit in fits if fit.record.origin.row not in cut]
         measures = token_lengths([one for one in kept if one is not None], plan.options.kind)
         if not plan.limited:
             return InspectedChunk(_counted(entries, tally), trained, (measures,), tally)
@@ -151,7 +161,8 @@ class Inspector:
             whole = token_lengths(self._uncut(some), plan.options.kind)
         except UserError as error:
             return InspectedChunk(entries, trained, (measures,), tally, failed=error)
-        return InspectedChunk(entries, trained, (measures, whole), tally)
+        examples = sum(len(fit.examples) for fit in fits)
+        return InspectedChunk(entries, trained, (measures, whole), tally, examples=examples)
 
     def _uncut(self, some: Sequence[tuple[Record, FitRecord]]) -> list[Example]:
         """Return the examples of some records as they are before they are cut or dropped.
@@ -159,12 +170,15 @@ class Inspector:
         Records of which only a part was encoded are encoded once more.
         """
         assert self._chat is not None
-        known = [
-            fit.example if fit.entry is None else example_of(fit.record, fit.uncut)
-            for _, fit in some
-            if fit.entry is None or _all_counted(fit)
-        ]
-        again = [record for record, fit in some if fit.entry is not None and not _all_counted(fit)]
+        known: list[Example | None] = []
+        again: list[Record] = []
+        for record, fit in some:
+            if fit.entry is None:
+                known.append(fit.example)
+            elif isinstance(fit.record, Conversation | Preference) and _all_counted(fit):
+                known.append(example_of(fit.record, fit.uncut))
+            else:
+                again.append(record)
         options = replace(self._plan.options, limits=Limits(_COUNTED, None))
         known += [fit.example for fit in fit_records(self._chat, options, again)]
         return [example for example in known if example is not None]
@@ -176,8 +190,11 @@ def _all_counted(fit: FitRecord) -> bool:
 
 
 def _counted(entries: Sequence[Entry], tally: Tally) -> tuple[Entry, ...]:
-    """Return a run's entries; without limits, a cut record has too many tokens to count."""
+    """Return a run's entries; without limits, a cut record has too many tokens to count.
+
+    Without limits no document is split, either.
+    """
     for entry in entries:
         if entry.outcome == "truncated":
             tally.add(_UNCOUNTED, Origin(entry.file, entry.row), entry.detail)
-    return tuple(entry for entry in entries if entry.outcome != "truncated")
+    return tuple(entry for entry in entries if entry.outcome == "dropped")

@@ -14,8 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.check.findings import Sign, Tally
-from tandem.check.text_signs import TextSigns
-from tandem.data.records import REASONING, Conversation, Preference, Turn
+from tandem.check.text_signs import TOKENS, TextSigns
+from tandem.data.records import (
+    REASONING,
+    ChatRecord,
+    Conversation,
+    Document,
+    Preference,
+    Record,
+    TokenPair,
+    TokenRecord,
+    TokenRow,
+    Turn,
+)
 from tandem.data.text.contamination import prompt_digest
 from tandem.data.text.text_traits import language_of, refuses, refuses_only
 
@@ -113,7 +124,7 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-Record = Conversation | Preference
+_SHOWN_IDS = 12
 _LONG_ANSWER = 40  # shorter answers ("Yes.") may well be the same
 # Yields the signs in the other columns of a record's row, each with a text.
 Beside = Callable[[Record], Iterable[tuple[Sign, str]]]
@@ -137,7 +148,14 @@ class Roles:
 
 
 def texts_of(record: Record) -> list[tuple[str, str]]:
-    """Return a record's texts in order, each with its role, or `chosen`, `reasoning` and so on."""
+    """Return a record's texts in order, each with its role, or `chosen`, `reasoning` and so on.
+
+    A record of tokens has none; a document's is `text`.
+    """
+    if isinstance(record, Document):
+        return [("text", record.text)]
+    if isinstance(record, TokenRow | TokenPair):
+        return []
     if isinstance(record, Conversation):
         return [text for turn in record.turns for text in _texts_of_turn(turn)]
     prompt = [text for turn in record.prompt for text in _texts_of_turn(turn)]
@@ -156,7 +174,12 @@ def _texts_of_turn(turn: Turn) -> list[tuple[str, str]]:
 
 
 def prompt_of(record: Record) -> tuple[Turn, ...]:
-    """Return the turns before a record's first answer, or before both answers of a pair."""
+    """Return the turns before a record's first answer, or before both answers of a pair.
+
+    A record without turns has none.
+    """
+    if not isinstance(record, Conversation | Preference):
+        return ()
     if isinstance(record, Preference):
         return record.prompt
     first = next(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
@@ -168,7 +191,17 @@ def question_of(record: Record) -> str:
     return next((turn.content for turn in reversed(prompt_of(record)) if turn.role == "user"), "")
 
 
-def answer_of(record: Record) -> str:
+def shown_of(record: Record) -> str:
+    """Return what shows a record in a line: its question, its text, or the first of its tokens."""
+    if isinstance(record, Document):
+        return record.text
+    if isinstance(record, TokenRow | TokenPair):
+        ids = record.ids if isinstance(record, TokenRow) else record.prompt
+        return f"tokens {' '.join(map(str, ids[:_SHOWN_IDS]))}"
+    return question_of(record)
+
+
+def answer_of(record: ChatRecord) -> str:
     """Return a record's last answer, or the chosen one of a pair."""
     return record.chosen if isinstance(record, Preference) else record.turns[-1].content
 
@@ -181,8 +214,13 @@ def body_of(record: Record) -> str:
 def digests_of(record: Record) -> tuple[int, int, int, int]:
     """Return 64 bits each: of the record (a pair's answers in any order), prompt, last answer.
 
-    The fourth is of that answer's text alone, 0 for a short one.
+    The fourth is of that answer's text alone, 0 for a short one and for tokens. A document has
+    neither prompt nor answer.
     """
+    if isinstance(record, Document):
+        return _digest(record.text), 0, 0, 0
+    if isinstance(record, TokenRow | TokenPair):
+        return _token_digests(record)
     prompt = "\0".join((record.tools, *map(_spelt, prompt_of(record))))
     if isinstance(record, Preference):
         whole = "\0".join((prompt, *sorted(record.answers)))
@@ -193,6 +231,17 @@ def digests_of(record: Record) -> tuple[int, int, int, int]:
     answer = answer_of(record)
     long = _digest(answer) if len(answer) >= _LONG_ANSWER else 0
     return _digest(whole), prompt_digest(prompt), _digest(own), long
+
+
+def _token_digests(record: TokenRecord) -> tuple[int, int, int, int]:
+    if isinstance(record, TokenPair):
+        answers = (record.chosen, record.rejected)
+        whole = json.dumps([record.prompt, *sorted(answers)])
+        prompt, own = record.prompt, record.chosen
+    else:
+        whole = json.dumps([record.ids, record.trained])
+        prompt, own = record.ids[: record.start], record.ids[record.start :]
+    return _digest(whole), _digest(json.dumps(prompt)), _digest(json.dumps(own)), 0
 
 
 def _spelt(turn: Turn) -> str:
@@ -211,6 +260,8 @@ def look_at(
             roles.add(role, text)
             all_texts.append(text)
             owners.append(record)
+        if not isinstance(record, Conversation | Preference):
+            continue
         turns = record.turns if isinstance(record, Conversation) else record.prompt
         count = len(turns) + isinstance(record, Preference)  # a pair's answer is a turn, too
         roles.turns[count] += 1
@@ -221,12 +272,13 @@ def look_at(
     seen: set[tuple[str, int]] = set()  # a record counts once for each sign of its texts
     for number, sign, at, kind in texts.find(all_texts):
         key = (sign.name, id(owners[number]))
-        if key not in seen:
+        # A document may well be about templates, or a transcript: it is trained as it is.
+        if key not in seen and not (sign is TOKENS and isinstance(owners[number], Document)):
             seen.add(key)
             tally.add(sign, owners[number].origin, all_texts[number], at, kind)
 
 
-def _of_one(record: Record) -> Iterator[tuple[Sign, str, int]]:
+def _of_one(record: ChatRecord) -> Iterator[tuple[Sign, str, int]]:
     """Yield signs of a record's trained answers, or of a pair and its chosen answer."""
     if isinstance(record, Preference):
         yield from ((sign, text, 0) for sign, text in pair_signs(record))
@@ -243,7 +295,12 @@ def _of_one(record: Record) -> Iterator[tuple[Sign, str, int]]:
 
 
 def answers_of(record: Record) -> int:
-    """Count the answers of a record that are inspected: trained ones, or a pair's chosen one."""
+    """Count the answers of a record that are inspected: trained ones, or a pair's chosen one.
+
+    Those of tokens are not, and a document has none.
+    """
+    if not isinstance(record, Conversation | Preference):
+        return 0
     if isinstance(record, Preference):
         return 1
     return sum(turn.role == "assistant" and turn.trained for turn in record.turns)
@@ -256,10 +313,18 @@ def _digest(text: str) -> int:
 
 
 def character_lengths(records: Sequence[Record]) -> dict[str, NDArray[np.int32]]:
-    """Return the lengths of records in characters: whole (the longer path), prompt and answers."""
+    """Return the lengths of records in characters: whole (the longer path), prompt and answers.
+
+    Records of tokens are left out.
+    """
     parts: dict[str, list[int]] = {}
     for record in records:
-        if isinstance(record, Preference):
+        if isinstance(record, TokenRow | TokenPair):
+            continue
+        if isinstance(record, Document):
+            size = len(record.text)
+            lengths = {"whole": size, "prompt": 0, "answers": size}
+        elif isinstance(record, Preference):
             prompt = sum(map(_length, record.prompt))
             answers = {"chosen": len(record.chosen), "rejected": len(record.rejected)}
             lengths = {"whole": prompt + max(answers.values()), "prompt": prompt, **answers}

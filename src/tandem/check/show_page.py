@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from operator import itemgetter
 
 from rich.console import Console
 from rich.text import Text
@@ -14,7 +15,15 @@ from tandem.check.findings import visible as escaped
 from tandem.check.inputs import StageChat, require_context
 from tandem.check.show_record import Encodings, Place, TokenSection, TokenUse
 from tandem.check.survey_result import CheckTarget
-from tandem.data.records import REASONING, Conversation, Preference, Turn
+from tandem.data.records import (
+    REASONING,
+    Conversation,
+    Document,
+    Record,
+    TokenPair,
+    TokenRow,
+    Turn,
+)
 from tandem.runtime.console import notice_console
 
 # Two shades each, in turn, to separate tokens; of the 16 colours that every terminal has.
@@ -39,8 +48,15 @@ def visible(text: str) -> str:
     return "".join(_SHOWN[c] if c in _SHOWN else escaped(c) for c in text)
 
 
-def print_turns(console: Console, record: Conversation | Preference) -> None:
-    """Print a record's texts, tools, calls and reasoning under their roles."""
+def print_turns(console: Console, record: Record) -> None:
+    """Print a record's texts, tools, calls and reasoning under their roles, or its tokens."""
+    if isinstance(record, Document):
+        _print_text(console, "text", record.text)
+        return
+    if isinstance(record, TokenRow | TokenPair):
+        for name, ids in _ids_of(record):
+            _print_text(console, name, " ".join(map(str, ids)))
+        return
     if record.tools:
         _print_text(console, "tools", record.tools)
     if isinstance(record, Conversation):
@@ -54,6 +70,17 @@ def print_turns(console: Console, record: Conversation | Preference) -> None:
     for number, (name, text) in enumerate(record.named):
         score = f" (score {record.scores[number]:g})" if record.scores else ""
         _print_text(console, f"{name}{score}", text)
+
+
+def _ids_of(record: TokenRow | TokenPair) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the ids of a record of tokens, part by part."""
+    if isinstance(record, TokenPair):
+        yield "prompt", record.prompt
+        yield "chosen", record.chosen
+        yield "rejected", record.rejected
+        return
+    for trained, some in groupby(zip(record.trained, record.ids, strict=True), key=itemgetter(0)):
+        yield "trained" if trained else "prompt", tuple(index for _, index in some)
 
 
 def _print_turn(console: Console, turn: Turn, note: str = "") -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from tandem.data.encoded.dataset_store import DatasetWriter
 from tandem.data.encoded.encode_chunk import EncodingOptions, encode_chunk
 from tandem.data.encoded.example import Branch, Example
-from tandem.data.formats.format import Kind, Record
+from tandem.data.formats.format import Kind
 from tandem.data.formats.known_formats import format_with
 from tandem.data.formats.unpaired import BEFORE, label_of
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.read_records import formatted_chunks, records_of
-from tandem.data.records import Origin
+from tandem.data.records import Origin, Record
 from tandem.data.sources.chunks import BadLine, Row, RowChunk
 from tandem.data.sources.rows import origin_names, read_rows
 from tandem.data.tokenize.encode import ChatTokenizer
@@ -176,8 +176,13 @@ def encode_row(chat: ChatTokenizer, options: EncodingOptions, place: Place) -> E
     writer = DatasetWriter(None, [batch.file])
     writer.add(batch)
     writer.finish({}, [len(batch.arrays.parts)])
-    examples = tuple(_sections(one, options.kind, chat.codec.decode) for one in writer.dataset())
-    return Encodings(options.kind, examples, batch.entries)
+    examples = [_sections(one, options.kind, chat.codec.decode) for one in writer.dataset()]
+    if batch.sizes:
+        examples = [
+            tuple(replace(section, name=f"piece {number} of {len(examples)}") for section in one)
+            for number, one in enumerate(examples, start=1)
+        ]
+    return Encodings(options.kind, tuple(examples), batch.entries)
 
 
 def _sections(

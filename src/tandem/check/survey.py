@@ -12,7 +12,7 @@ from tandem.check.column_signs import Columns
 from tandem.check.duplicates import Repeated, look_for_shared
 from tandem.check.findings import Severity, Sign, Tally
 from tandem.check.inspect_chunk import InspectedChunk, inspection
-from tandem.check.record_signs import Record, Roles
+from tandem.check.record_signs import Roles
 from tandem.check.survey_result import CheckTarget, Lengths, Survey
 from tandem.check.unread_keys import UnreadKeys
 from tandem.data.build_dataset import nothing_left
@@ -20,7 +20,7 @@ from tandem.data.encoded.worker_pool import EncodingWork, worked_chunks
 from tandem.data.formats.known_formats import format_with
 from tandem.data.ledger import Entry, Ledger
 from tandem.data.read_records import formatted_chunks, records_of
-from tandem.data.records import Origin
+from tandem.data.records import Origin, Record
 from tandem.data.sources.chunks import Chunk
 from tandem.data.sources.rows import count_sources, read_rows, renaming_of
 from tandem.data.text.contamination import Other
@@ -76,7 +76,7 @@ class _Survey:
         self._tally, self._roles = Tally(shown), Roles()
         self._lengths = Lengths("tokens" if target.chat else "characters")
         self._repeated = Repeated(shown)
-        self._answers = self._records = 0
+        self._answers = self._records = self._examples = 0
         self._joined, self._keys = Columns(target.options.kind), UnreadKeys()
         self._stop: str | None = None
         self.ended: str | None = None
@@ -123,6 +123,7 @@ class _Survey:
         if found.failed is not None:
             raise found.failed
         self._answers += found.answers
+        self._examples += found.examples
         self._roles.merge(found.roles)
         self._keys.merge(found.keys)
         prints = found.prints
@@ -152,6 +153,7 @@ class _Survey:
             self._keys.listed,
             self._keys.cut,
             counts,
+            self._examples,
             ledger.summary()["reasons"],
             self._roles,
             self._lengths.unit,
@@ -205,7 +207,7 @@ class _Survey:
                     continue
                 for record in records_of(chunk, known, "drop"):
                     if not isinstance(record, Entry) and record.origin in wanted:
-                        questions[record.origin] = record_signs.question_of(record)
+                        questions[record.origin] = record_signs.shown_of(record)
                 if len(questions) == len(wanted):
                     break
         return questions
@@ -229,6 +231,9 @@ def _of_ledger(entry: Entry, *, stops: bool, too_many: bool) -> Sign:
     if entry.outcome == "truncated":
         hint = "Raise max_length or max_prompt_length, or shorten them."
         return Sign("truncated", f"would be truncated: {reason}", "note", hint, about=reason)
+    if entry.outcome == "split":
+        hint = "A larger max_length splits fewer; each piece begins without what is before it."
+        return Sign("split", f"would be split: {reason}", "note", hint, about=reason)
     severity: Severity = "error" if stops or too_many else "warning"
     mend = way_out(reason) if reason.startswith("the chat template") else "Mend them."
     hint = f"{mend} More than max_dropped of them stop a run."

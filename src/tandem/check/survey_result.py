@@ -69,6 +69,7 @@ class CheckTarget:
 class Survey:
     """The result of a survey.
 
+    `examples` is how many a recipe's stage would make of the records, 0 without a recipe;
     `looked_at` is how many of the sources the pass reached; `unread` are the keys of rows, and of
     turns as `messages[].key`, that a run ignores, and `unread_cut` says that there are more;
     `problem` is the error with which a run would stop, None if it would not.
@@ -81,6 +82,7 @@ class Survey:
     unread: tuple[str, ...]
     unread_cut: bool
     counts: dict[str, int]
+    examples: int
     reasons: dict[str, int]
     roles: Roles
     unit: str

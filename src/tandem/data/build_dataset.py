@@ -36,6 +36,8 @@ def build_dataset(
 ) -> EncodedDataset:
     """Read, encode and fit the records of some sources: one example a record, in reading order.
 
+    A document has as many as it has pieces.
+
     `ledger` records what became of each. Raises `UserError` for sources, lines or templates that
     cannot be used, for a token that the model has no row for, and when no record is left.
     """
@@ -115,9 +117,10 @@ class _Builder:
                 records[owners.popleft()] += count
                 if room is not None and room <= count:
                     last = int(encoded.arrays.rows[room - 1])
-                    ledger.add([entry for entry in encoded.entries if entry.row <= last], room)
+                    entries = [entry for entry in encoded.entries if entry.row <= last]
+                    ledger.add(entries, encoded.records(room))
                     break
-                ledger.add(encoded.entries, count)
+                ledger.add(encoded.entries, encoded.trained)
         if not writer.records:
             raise nothing_left(self.sources, ledger)
         paths = list(enumerate(source.path for source in self.sources))

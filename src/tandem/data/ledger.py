@@ -15,7 +15,7 @@ from tandem.storage.atomic_files import atomic_write_parts
 
 _SHOWN = 3  # rows that an error names of each reason
 
-Outcome = Literal["truncated", "dropped"]
+Outcome = Literal["truncated", "split", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,17 @@ class Entry:
         """A record that is trained, but not whole."""
         return cls(origin.file, origin.row, "truncated", reason, detail)
 
+    @classmethod
+    def split(cls, origin: Origin, reason: str, detail: str = "") -> Entry:
+        """A record that is trained whole, in several examples."""
+        return cls(origin.file, origin.row, "split", reason, detail)
+
 
 class Ledger:
     """Collects what happened to the records of a stage; `write` puts it on disk, if at a `path`.
 
-    Every record that is read ends up either trained (whole or truncated), held out or dropped, so
-    read = trained + held out + dropped.
+    Every record that is read ends up either trained (whole, split or truncated), held out or
+    dropped, so read = trained + held out + dropped.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -80,12 +85,16 @@ class Ledger:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many records were read, trained, held out (if any were), truncated and dropped."""
+        """How many records were read, trained, truncated and dropped.
+
+        Also how many were held out and split, if any were.
+        """
         outcomes = Counter(entry.outcome for entry in self.entries)
         return {
             "read": self._trained + self._held_out + outcomes["dropped"],
             "trained": self._trained,
             **({"held_out": self._held_out} if self._held_out else {}),
+            **({"split": outcomes["split"]} if outcomes["split"] else {}),
             "truncated": outcomes["truncated"],
             "dropped": outcomes["dropped"],
         }

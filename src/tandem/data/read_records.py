@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from tandem.data.formats import check_fields, known_formats
+from tandem.data.formats.advice import SAYING, advice_on
 from tandem.data.formats.check_fields import unreadable
 from tandem.data.formats.conversations import QUESTION_KEYS, Question, read_question
-from tandem.data.formats.format import Fields, Format, InvalidRecord, Kind, Record
-from tandem.data.formats.known_formats import describe_formats, detect, format_called
-from tandem.data.formats.turns import check_text_alone, known_role, tools_in
+from tandem.data.formats.format import Fields, Format, InvalidRecord, Kind
+from tandem.data.formats.known_formats import (
+    OF_TOKENS,
+    describe_formats,
+    detect,
+    format_called,
+    format_with,
+)
+from tandem.data.formats.turns import check_text_alone, tools_in
 from tandem.data.formats.unpaired import joined
 from tandem.data.ledger import Entry, Ledger
-from tandem.data.records import Conversation, Preference
+from tandem.data.records import Conversation, Document, Preference, Record, TokenPair
 from tandem.data.sources.chunks import BadLine, Chunk, RenamedChunk, Row, RowChunk
 from tandem.data.sources.rows import read_chunks, read_rows
 from tandem.errors import UserError
@@ -25,7 +32,6 @@ if TYPE_CHECKING:
     from tandem.recipe.data_source import DataSource
 
 
-_SAYING = "with `fields: {key of the format: key of the data}` in a recipe, or --fields KEY=NAME"
 # Rows of no known format that a source may begin with before it is given up.
 _UNKNOWN_ROWS = 20
 
@@ -33,18 +39,27 @@ _UNKNOWN_ROWS = 20
 def read_conversations(
     sources: Sequence[DataSource], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
 ) -> Iterator[Conversation]:
-    """Stream the usable conversations of some sources; the others go to the ledger."""
+    """Stream the usable conversations of some sources; the others go to the ledger.
+
+    Raises `UserError` for rows without turns.
+    """
     for record in _read(sources, "conversations", ledger, on_bad_record):
-        assert isinstance(record, Conversation)
+        if isinstance(record, Document):
+            raise not_answers(record)
+        if not isinstance(record, Conversation):
+            raise UserError(
+                f"{record.origin}: this record has no turns, only tokens, and conversations are "
+                "needed here. Name data with the turns themselves."
+            )
         yield record
 
 
 def read_pairs(
     sources: Sequence[DataSource], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
-) -> Iterator[Preference]:
+) -> Iterator[Preference | TokenPair]:
     """Stream the usable preference pairs of some sources; the others go to the ledger."""
     for record in _read(sources, "preference pairs", ledger, on_bad_record):
-        assert isinstance(record, Preference)
+        assert isinstance(record, Preference | TokenPair)
         yield record
 
 
@@ -75,6 +90,16 @@ def read_questions(sources: Sequence[DataSource], limit: int | None = None) -> l
     if not questions:
         raise UserError(f"data: there is no question in {names_of(sources)}.")
     return questions
+
+
+def not_answers(record: Document) -> UserError:
+    """Return the error that answers cannot be trained or asked for in a text alone."""
+    return UserError(
+        f"{record.origin}: its `text` does not say what is asked and what is answered. For "
+        "training on every token of such texts set `loss_on: text` in the recipe's sft, or "
+        f"--loss_on text. Known formats of conversations: {describe_formats('conversations')}. If "
+        f"only names differ, say so {SAYING}."
+    )
 
 
 def _read(
@@ -115,6 +140,12 @@ def formatted_chunks(
             yield chunk, known.id if known else ""
 
 
+def holds_tokens(source: DataSource, kind: Kind) -> bool:
+    """Return whether a source's rows are tokens already; raise `UserError` as reading does."""
+    _, known = next(formatted_chunks([source], kind, Ledger(None), "drop"), (None, ""))
+    return bool(known) and format_with(known).name in OF_TOKENS
+
+
 def _first_rows(chunks: Iterator[Chunk], limit: int) -> Iterator[Chunk]:
     """Yield chunks until they have `limit` rows together."""
     for chunk in chunks:
@@ -153,7 +184,7 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
         try:
             _check_format(row.fields, others[keys], layout)
             check_text_alone(row.fields)
-            tools = tools_in(row.fields)
+            tools = tools_in(row.fields) if layout.chat else ""
             records = layout.read(row.fields, row.origin)
         except InvalidRecord as verdict:
             tools, records = "", [_another_format(row.fields, layout) or verdict]
@@ -161,7 +192,13 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
             if isinstance(record, InvalidRecord):
                 yield Entry.dropped(row.origin, record.reason, record.detail)
             else:
-                yield replace(record, tools=tools) if tools else record
+                yield _with_tools(record, tools)
+
+
+def _with_tools(record: Record, tools: str) -> Record:
+    if tools and isinstance(record, Conversation | Preference):
+        return replace(record, tools=tools)
+    return record
 
 
 def _as_bad_line(row: Row | BadLine, keys: Set[str]) -> Row | BadLine:
@@ -246,10 +283,10 @@ def _detect(row: Row, source: DataSource, kind: Kind) -> Format | None:
         return None
     known = known_formats.variant(known, kind, source.completions)
     if known.kind != kind:
+        what = f"{known.kind} ({known.name}: " if known.chat else f"{known.name} ("
         raise UserError(
-            f"data: {source.path} holds {known.kind} ({known.name}: "
-            f"{', '.join(sorted(known.keys))}), but this stage trains on {kind}. Known formats of "
-            f"{kind}: {describe_formats(kind)}."
+            f"data: {source.path} holds {what}{', '.join(sorted(known.keys))}), but this stage "
+            f"trains on {kind}. Known formats of {kind}: {describe_formats(kind)}."
         )
     return known
 
@@ -262,69 +299,12 @@ def _unknown(row: Row, source: DataSource, kind: Kind) -> UserError:
         return UserError(
             f"{row.origin}: `format` states {known.name} for {source.path}, which needs "
             f"{', '.join(sorted(known.keys))}; this record's keys are: {keys}. Say what they mean "
-            f"{_SAYING}, or correct `format`."
+            f"{SAYING}, or correct `format`."
         )
     unknown = f"{row.origin}: a record of no known format; its keys are: {keys}."
-    if advice := _advice(row.fields, kind):
+    if advice := advice_on(row.fields, kind):
         return UserError(f"{unknown} {advice}")
     return UserError(
         f"{unknown} Known formats of {kind}: {describe_formats(kind)}. If only names differ, say "
-        f"so {_SAYING}."
+        f"so {SAYING}."
     )
-
-
-def _holds_records(value: object) -> bool:
-    """Return whether a value is a list of rows of a known format."""
-    first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, dict) and detect(first) is not None
-
-
-def _advice(fields: Fields, kind: Kind) -> str | None:
-    """Return what to advise for rows whose turns or texts are under other names, if it is clear."""
-    columns = [
-        str(key)
-        for key, value in fields.items()
-        if isinstance(value, list) and value and all(_is_turn(item) for item in value)
-    ]
-    texts = [key for key, value in fields.items() if isinstance(value, str) and value.strip()]
-    if len(columns) > 1:
-        return (
-            f"But {' and '.join(f'`{key}`' for key in columns)} hold turns: say which is what "
-            f"{_SAYING}: prompt, chosen and rejected of pairs, messages of conversations. Where "
-            "each row says which answer is better, write that one into `chosen` first."
-        )
-    if not columns:
-        lists = [key for key, value in fields.items() if _holds_records(value)]
-        if len(lists) == 1:
-            return f"But `{lists[0]}` holds a list of records: save that list alone."
-        if len(texts) == 1 and texts[0] == "text":
-            return (
-                "But its `text` does not say what is asked and what is answered. Known formats of "
-                f"{kind}: {describe_formats(kind)}."
-            )
-        return None
-    column = columns[0]
-    answers = "chosen: ..., rejected: ..." if kind == "preference pairs" else "completion: ..."
-    if not _ends_with_answer(fields[column]):
-        return (
-            f"But `{column}` holds turns up to a question: say so, and where its answer is, with "
-            f"`fields: {{prompt: {column}, {answers}}}`, or --fields prompt={column} and so on."
-        )
-    if kind == "preference pairs":
-        return None
-    return (
-        f"But `{column}` holds turns: say so with `fields: {{messages: {column}}}` in a recipe, or "
-        f"--fields messages={column}."
-    )
-
-
-def _ends_with_answer(turns: object) -> bool:
-    """Return whether the last of some turns is an assistant's, or of an unknown role."""
-    assert isinstance(turns, list)
-    name = next(turns[-1][key] for key in ("role", "from") if key in turns[-1])
-    return known_role(str(name)) in ("assistant", None)
-
-
-def _is_turn(item: object) -> bool:
-    keys = item.keys() if isinstance(item, Mapping) else set()
-    return {"role", "content"} <= keys or {"from", "value"} <= keys

@@ -110,12 +110,68 @@ class Preference:
         return list(zip(names, self.answers, strict=True))
 
 
-def prompt_key(record: Conversation | Preference) -> int:
-    """Return a 64-bit hash of a record's uncut prompt: all before the first trained answer."""
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A record that is tokens already: which of `ids` are targets is in `trained`, as many bits.
+
+    The first token is no target, because nothing predicts it; the last one is. `good` is as in a
+    `Conversation`.
+    """
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    origin: Origin
+    good: bool | None = None
+
+    @property
+    def start(self) -> int:
+        """The place of the first target: how many tokens the prompt has."""
+        return self.trained.index(True)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """A preference pair that is tokens already: a prompt, the chosen and the rejected answer."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text of which every token is trained, without a chat template."""
+
+    text: str
+    origin: Origin
+
+
+# Records that chat templates render, and those that they do not.
+ChatRecord = Conversation | Preference
+TokenRecord = TokenRow | TokenPair
+Record = ChatRecord | TokenRecord | Document
+
+
+def prompt_key(record: Record) -> int:
+    """Return a 64-bit hash of a record's uncut prompt: all before the first trained answer.
+
+    That of a document is of all of it, so that its pieces are held out together.
+    """
+    if isinstance(record, Document):
+        return _hash(json.dumps({"text": record.text}))
+    if isinstance(record, TokenRow | TokenPair):
+        prompt = record.prompt if isinstance(record, TokenPair) else record.ids[: record.start]
+        return _hash(json.dumps(prompt))
     if isinstance(record, Preference):
         turns = record.prompt
     else:
         answers = (i for i, t in enumerate(record.turns) if t.role == "assistant" and t.trained)
         turns = record.turns[: next(answers, len(record.turns))]
-    text = json.dumps([record.tools, *([turn.role, turn.content, turn.extra] for turn in turns)])
+    return _hash(
+        json.dumps([record.tools, *([turn.role, turn.content, turn.extra] for turn in turns)])
+    )
+
+
+def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -9,7 +9,12 @@ from pathlib import Path
 from tandem.data.formats.conversations import Question
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
-from tandem.data.read_records import formatted_chunks, read_pairs, read_questions
+from tandem.data.read_records import (
+    formatted_chunks,
+    holds_tokens,
+    read_pairs,
+    read_questions,
+)
 from tandem.data.resolve_sources import check_format, held_out_of
 from tandem.data.sources.rows import count_sources, is_local, local_files
 from tandem.data.tokenize.chat_template import resolve_template
@@ -129,23 +134,32 @@ def _check_asked(recipe: Recipe, questions: Sequence[Question]) -> None:
 
 def check_tokens(recipe: Recipe) -> None:
     """Raise UserError for local records with a token that a local base model has no row for."""
-    if not is_local(recipe.model) or not _has_more_tokens(Path(recipe.model).expanduser()):
+    if not is_local(recipe.model):
+        return
+    wanted = [(kind, _local(named)) for kind, named in _encoded(recipe)]
+    # Rows of tokens may be of any other vocabulary.
+    of_tokens = [
+        (kind, [source for source in sources if holds_tokens(source, kind)])
+        for kind, sources in wanted
+    ]
+    if not _has_more_tokens(Path(recipe.model).expanduser()):
+        wanted = of_tokens
+    if not any(sources for _, sources in wanted):
         return
     folder = model_folder(recipe.model)
     tokenizer = read_tokenizer(folder)
     rows = described_rows(known_config(folder), add_tokens(tokenizer, recipe.added_tokens))
     if not tokens_without_row(tokenizer, rows):
-        return
+        wanted = of_tokens
     from tandem.data.encoded.encode_chunk import EncodingOptions
     from tandem.data.encoded.worker_pool import EncodingWork, encoded_chunks
     from tandem.data.tokenize.encode import ChatTokenizer
     from tandem.data.truncation.limits import Limits
 
     chat = ChatTokenizer.of(tokenizer, resolve_template(tokenizer, recipe.chat_template), rows)
-    for kind, named in _encoded(recipe):
-        sources = _local(named)
+    for kind, sources in wanted:
         # Chunk by chunk, and none is kept: data may be larger than memory.
-        options = EncodingOptions(kind, Limits(_NO_LIMIT, None), "drop")
+        options = EncodingOptions(kind, Limits(_NO_LIMIT, None), "drop", documents=True)
         chunks = formatted_chunks(sources, kind, Ledger(None), "drop")
         doing, total = "looking for tokens without a row", partial(count_sources, sources)
         for _ in encoded_chunks(chunks, chat, options, doing, total, EncodingWork()):

@@ -95,6 +95,7 @@ def _rows(stage: TrainingPlan) -> list[Row]:
         text = (
             f"{counts['read']:,} read, {counts['trained']:,} trained, "
             f"{counts['truncated']:,} of them truncated, {counts['dropped']:,} dropped"
+            + (f", {counts['split']:,} split at max_length" if "split" in counts else "")
         )
         rows.append(("records", text))
     parameters = (

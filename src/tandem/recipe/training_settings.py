@@ -290,7 +290,8 @@ class SftSettings(TrainingSettings):
     )
     loss_on: choices.LossOn = Field(
         default="answers",
-        description="What is trained: the assistant's answers, or every token of the text.",
+        description="What is trained: the assistant's answers, or every token of the text; then "
+        "rows of raw text (`text`) are read as well.",
     )
     neftune_alpha: PositiveFloat | None = Field(
         default=None,

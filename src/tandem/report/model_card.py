@@ -152,7 +152,9 @@ def _stage_text(stage: Mapping[str, Any]) -> str:
     ]
     ledger = stage["ledger"]
     figures += [
-        f"{count(ledger[k])} {k}" for k in ("truncated", "dropped") if is_number(ledger.get(k))
+        f"{count(ledger[k])} {k}"
+        for k in ("split", "truncated", "dropped")
+        if is_number(ledger.get(k))
     ]
     if figures:
         lines += ["", "; ".join(figures) + "."]

@@ -233,9 +233,9 @@ def savings(stage: StageFacts) -> Figure | None:
 
 
 def ledger_counts(stage: StageFacts) -> list[tuple[str, str]]:
-    """Return the numbers of records read, trained on, held out, truncated and dropped."""
+    """Return the numbers of records read, trained on, held out, split, truncated and dropped."""
     ledger = mapping(stage.summary.get("ledger"))
-    keys = ("read", "trained", "held_out", "truncated", "dropped")
+    keys = ("read", "trained", "held_out", "split", "truncated", "dropped")
     return [
         (key.replace("_", " "), count(ledger[key])) for key in keys if is_number(ledger.get(key))
     ]

@@ -133,6 +133,7 @@ class Index:
     scores: NDArray[np.float64]
     names: tuple[str, ...]  # the names of the files
     sources: tuple[int, ...]  # how many records each data source gave, in reading order
+    split: bool = False  # whether examples of one row that follow each other are of one record
 
 
 class EncodedDataset(Sequence[Example]):
@@ -181,6 +182,14 @@ class EncodedDataset(Sequence[Example]):
         if not 0 <= number < len(self):
             raise IndexError(index)
         return self._example(number)
+
+    @property
+    def records(self) -> int:
+        """How many records the examples are of: documents may have several."""
+        if not self._index.split or not len(self):
+            return len(self)
+        rows, files = (all_[self._chosen] for all_ in (self._index.rows, self._index.files))
+        return 1 + int(np.count_nonzero(np.diff(rows) | np.diff(files)))
 
     @property
     def fed(self) -> NDArray[np.int32]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tandem.data.encoded.dataset import Bytes, EncodedDataset, Index
 from tandem.data.encoded.encode_chunk import EncodedChunk, EncodingOptions
 from tandem.data.ledger import Entry, Ledger
+from tandem.data.read_records import holds_tokens
 from tandem.data.sources.compression import is_compressed, kind_of
 from tandem.data.sources.rows import data_files, load_hub, looks_like_path
 from tandem.data.tokenize.codec import CodecParts
@@ -53,8 +54,18 @@ def encoding_key(
             "on_bad_record": options.on_bad_record,
             "sources": contents,
             "meanings": [source.meaning for source in sources],
+            **_rows(sources, parts, options),
         }
     )
+
+
+def _rows(
+    sources: Sequence[DataSource], parts: CodecParts, options: EncodingOptions
+) -> dict[str, int]:
+    """Return the model's rows where rows of tokens are compared with them."""
+    if parts.all_rows is None or not any(holds_tokens(one, options.kind) for one in sources):
+        return {}
+    return {"rows": parts.all_rows}
 
 
 def _content(source: DataSource) -> list[Any] | None:
@@ -107,7 +118,7 @@ class Kept:
         ledger = Ledger(None)
         for number, name in self.formats.items():
             ledger.detected(paths[number], name, self.unread.get(number, ()))
-        ledger.add(self.entries, len(self.dataset))
+        ledger.add(self.entries, self.dataset.records)
         return ledger
 
 
@@ -127,7 +138,8 @@ class DatasetWriter:
         self._bits = np.zeros(0, dtype=np.bool_)
         self._unscored = 0  # sequences at the end that no scores were written of
         self._scored = False
-        self.records = 0
+        self.records = 0  # their examples
+        self._whole = 0
         self._sources: tuple[int, ...] = ()
 
     def add(self, batch: EncodedChunk) -> None:
@@ -155,6 +167,7 @@ class DatasetWriter:
                 json.dumps(line, ensure_ascii=False).encode(errors=HALVES) + b"\n"
             )
         self.records += count
+        self._whole += batch.trained
 
     def finish(
         self,
@@ -175,6 +188,7 @@ class DatasetWriter:
         if self._folder is not None:
             about = {
                 "records": self.records,
+                **({"whole": self._whole} if self._whole != self.records else {}),
                 "sources": self._sources,
                 "formats": {str(source): name for source, name in formats.items()},
                 "unread": {str(source): list(keys) for source, keys in unread.items()},
@@ -191,7 +205,7 @@ class DatasetWriter:
         """Return what was added to memory."""
         memory = {name: sink.memory for name, sink in self._sinks.items()}
         arrays = {name: np.frombuffer(memory[name], dtype=dtype) for name, dtype in _DTYPES.items()}
-        return _dataset(arrays, memory, self._names, self._sources)
+        return _dataset(arrays, memory, self._names, self._sources, self._whole)
 
     def _fill_scores(self) -> None:
         self._put("scores", np.full(self._unscored, np.nan))
@@ -232,7 +246,7 @@ class EncodedStore:
                     _check(entry / name, *about["files"][name])
             formats = {int(source): name for source, name in about["formats"].items()}
             unread = {int(source): tuple(keys) for source, keys in about["unread"].items()}
-            dataset = _open(entry, names, about["sources"])
+            dataset = _open(entry, names, about)
             with (entry / _LEDGER).open(encoding="utf-8") as lines:
                 rows = map(json.loads, lines)
                 entries = [Entry(names[file], *rest) for file, *rest in rows]
@@ -258,21 +272,23 @@ class EncodedStore:
     def dataset(self, key: str, names: Sequence[str]) -> EncodedDataset:
         """Return the examples of an entry that was just written."""
         about = read_json(self.folder / key / "entry.json")
-        return _open(self.folder / key, names, about["sources"])
+        return _open(self.folder / key, names, about)
 
     def prune(self, key: str, limit_bytes: int = _BYTES_LIMIT) -> int:
         """Remove the longest unused entries beyond the limit, except `key`'s; return how many."""
         return prune_folders(self.folder, limit_bytes, keep=self.folder / key)
 
 
-def _open(entry: Path, names: Sequence[str], sources: Sequence[int]) -> EncodedDataset:
+def _open(entry: Path, names: Sequence[str], about: Mapping[str, Any]) -> EncodedDataset:
     arrays = {
         name: np.fromfile(entry / name, dtype=dtype)
         if name not in _LATER or (entry / name).exists()
         else np.zeros(0, dtype=dtype)
         for name, dtype in _DTYPES.items()
     }
-    return _dataset(arrays, {name: entry / name for name in _COLUMNS}, names, sources)
+    columns = {name: entry / name for name in _COLUMNS}
+    whole = about.get("whole", about["records"])
+    return _dataset(arrays, columns, names, about["sources"], whole)
 
 
 def _dataset(
@@ -280,8 +296,10 @@ def _dataset(
     columns: Mapping[str, Any],
     names: Sequence[str],
     sources: Sequence[int],
+    whole: int,
 ) -> EncodedDataset:
-    index: Any = Index(**arrays, names=tuple(names), sources=tuple(sources))
+    split = whole != len(arrays["parts"])
+    index: Any = Index(**arrays, names=tuple(names), sources=tuple(sources), split=split)
     ids, trained, digests = (Bytes(columns[name]) for name in ("ids", "trained", "digests"))
     return EncodedDataset(index, ids, trained, digests)
 

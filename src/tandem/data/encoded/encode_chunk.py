@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
 from tandem.data.encoded.dataset import FlatArrays, to_arrays
+from tandem.data.encoded.encode_documents import document_ids, document_pieces, joined_pieces
+from tandem.data.encoded.encode_tokens import checked_tokens, token_example
 from tandem.data.encoded.example import Example, conversation_example, preference_example
-from tandem.data.formats.format import Kind, Record
+from tandem.data.formats.format import Kind
 from tandem.data.ledger import Entry
-from tandem.data.read_records import records_of
-from tandem.data.records import Conversation, Preference, prompt_key
+from tandem.data.read_records import not_answers, records_of
+from tandem.data.records import (
+    ChatRecord,
+    Conversation,
+    Document,
+    Preference,
+    Record,
+    TokenPair,
+    TokenRecord,
+    TokenRow,
+    prompt_key,
+)
 from tandem.data.sources.chunks import Chunk
 from tandem.data.tokenize import encode, template_capabilities
 from tandem.data.tokenize.encode import ChatTokenizer, Encoded, Exchange
@@ -26,6 +39,9 @@ if TYPE_CHECKING:
     from tandem.recipe.training_settings import TrainingSettings
 
 
+SPLIT = "a text longer than max_length is split into pieces, and nothing of it is lost"
+
+
 @dataclass(frozen=True, slots=True)
 class EncodingOptions:
     """How records are encoded, apart from tokenizer and template."""
@@ -34,22 +50,38 @@ class EncodingOptions:
     limits: Limits
     on_bad_record: OnBadRecord
     loss_on: LossOn = "answers"
+    documents: bool = False  # whether rows of raw text may be among them, as with `loss_on: text`
 
     @classmethod
     def of(cls, kind: Kind, settings: TrainingSettings) -> EncodingOptions:
         """Return the options for records of a kind under a stage's settings."""
         limits = Limits(settings.max_length, settings.max_prompt_length, settings.too_long)
         loss_on: LossOn = getattr(settings, "loss_on", "answers")  # of SFT alone
-        return cls(kind, limits, settings.on_bad_record, loss_on)
+        return cls(kind, limits, settings.on_bad_record, loss_on, loss_on == "text")
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """A chunk's examples, and an entry for each record that was cut or dropped, by row."""
+    """A chunk's examples, and an entry for each record that was cut, split or dropped, by row.
+
+    `sizes` are how many examples each record has, where some have several.
+    """
 
     file: str
     arrays: FlatArrays
     entries: tuple[Entry, ...]
+    sizes: tuple[int, ...] = ()
+
+    def records(self, examples: int) -> int:
+        """Return of how many records the first `examples` are."""
+        if not self.sizes:
+            return examples
+        return bisect_left(list(accumulate(self.sizes)), examples) + (examples > 0)
+
+    @property
+    def trained(self) -> int:
+        """How many records have examples."""
+        return self.records(len(self.arrays.parts))
 
 
 def encode_chunk(
@@ -72,9 +104,13 @@ def encode_records(
     """
     records = [one for one in parts if not isinstance(one, Entry)]
     fits = fit_records(chat, options, records)
-    kept = [(fit.example, prompt_key(fit.record)) for fit in fits if fit.example is not None]
-    arrays = to_arrays([example for example, _ in kept], [prompt for _, prompt in kept])
-    return EncodedChunk(file, arrays, entries_of(parts, fits))
+    kept = [fit for fit in fits if fit.example is not None]
+    sizes = tuple(len(fit.examples) for fit in kept)
+    prompts = [key for fit in kept for key in [prompt_key(fit.record)] * len(fit.examples)]
+    arrays = to_arrays([example for fit in kept for example in fit.examples], prompts)
+    return EncodedChunk(
+        file, arrays, entries_of(parts, fits), sizes if sum(sizes) > len(sizes) else ()
+    )
 
 
 def entries_of(parts: Sequence[Record | Entry], fits: Sequence[FitRecord]) -> tuple[Entry, ...]:
@@ -96,12 +132,75 @@ class FitRecord:
     example: Example | None
     entry: Entry | None = None
     uncut: tuple[Encoded, ...] = ()
+    later: tuple[Example, ...] = ()  # the other pieces of a document that was split
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """All examples of the record."""
+        return () if self.example is None else (self.example, *self.later)
+
+    @property
+    def joined(self) -> Example | None:
+        """The example, or the pieces of a document as one."""
+        return joined_pieces(self.examples) if self.later else self.example
 
 
 def fit_records(
     chat: ChatTokenizer, options: EncodingOptions, records: Sequence[Record]
 ) -> list[FitRecord]:
-    """Encode and fit some records; raise `UserError` for turns that stop a run."""
+    """Encode and fit some records; raise `UserError` for what stops a run."""
+    require_answers(options, records)
+    documents = [one for one in records if isinstance(one, Document)]
+    whole = iter(_fit_documents(chat, options, documents))
+    rendered = [one for one in records if isinstance(one, Conversation | Preference)]
+    fits = iter(_fit_chats(chat, options, rendered))
+    return [
+        _fit_tokens(chat, options, record)
+        if isinstance(record, TokenRow | TokenPair)
+        else next(whole if isinstance(record, Document) else fits)
+        for record in records
+    ]
+
+
+def require_answers(options: EncodingOptions, records: Sequence[Record]) -> None:
+    """Raise `UserError` for a text alone, unless all of it may be trained."""
+    document = next((one for one in records if isinstance(one, Document)), None)
+    if document is not None and not options.documents:
+        raise not_answers(document)
+
+
+def _fit_documents(
+    chat: ChatTokenizer, options: EncodingOptions, documents: Sequence[Document]
+) -> list[FitRecord]:
+    fits, most = [], options.limits.sequence
+    encoded = document_ids(chat.codec, documents)
+    for document, ids in zip(documents, encoded, strict=True):
+        pieces = document_pieces(ids, most, document.origin)
+        if isinstance(pieces, Refused):
+            fits.append(_dropped(document, pieces))
+            continue
+        entry = None
+        if len(pieces) > 1:
+            detail = f"{len(ids)} tokens in {len(pieces)} pieces, max_length {most}"
+            entry = Entry.split(document.origin, SPLIT, detail)
+        fits.append(FitRecord(document, pieces[0], entry, later=tuple(pieces[1:])))
+    return fits
+
+
+def _fit_tokens(chat: ChatTokenizer, options: EncodingOptions, record: TokenRecord) -> FitRecord:
+    fitted = checked_tokens(chat, record, options.limits)
+    if isinstance(fitted, Refused):
+        return _dropped(record, fitted)
+    example = token_example(fitted.record)
+    if not fitted.reason:
+        return FitRecord(record, example)
+    entry = Entry.truncated(record.origin, fitted.reason, fitted.detail)
+    return FitRecord(record, example, entry)
+
+
+def _fit_chats(
+    chat: ChatTokenizer, options: EncodingOptions, records: Sequence[ChatRecord]
+) -> list[FitRecord]:
     records = [_in_form(chat, record) for record in records]
     prepared = [_prepare(chat, options, record) for record in records]
     # All answers in one call of the tokenizer.
@@ -127,7 +226,7 @@ def fit_records(
     return fits
 
 
-def example_of(record: Record, answers: Sequence[Encoded]) -> Example:
+def example_of(record: ChatRecord, answers: Sequence[Encoded]) -> Example:
     """Return the example of a record's encoded answers."""
     if isinstance(record, Conversation):
         scores = () if record.good is None else (float(record.good),)
@@ -146,7 +245,7 @@ def _dropped(record: Record, reason: Refused, uncut: tuple[Encoded, ...] = ()) -
     return FitRecord(record, None, entry, uncut)
 
 
-def _in_form(chat: ChatTokenizer, record: Record) -> Record:
+def _in_form(chat: ChatTokenizer, record: ChatRecord) -> ChatRecord:
     """Return the record with its tool calls as the template takes them."""
     capabilities = chat.capabilities(record.tools)
     if isinstance(record, Conversation):
@@ -161,7 +260,7 @@ class _Prepared:
     A conversation may have lost `dropped` old exchanges already.
     """
 
-    record: Record
+    record: ChatRecord
     exchanges: Sequence[Exchange]
     dropped: int = 0
 
@@ -184,7 +283,9 @@ class _Prepared:
         return fit_conversation(chat, record, own, limits, options.loss_on, self.dropped)
 
 
-def _prepare(chat: ChatTokenizer, options: EncodingOptions, record: Record) -> _Prepared | Refused:
+def _prepare(
+    chat: ChatTokenizer, options: EncodingOptions, record: ChatRecord
+) -> _Prepared | Refused:
     """Return what can be encoded of a record, or why it cannot be trained."""
     on_answers = options.loss_on == "answers"
     capabilities = chat.capabilities(record.tools)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from tandem.data.records import Conversation, Origin, Preference
+from tandem.data.records import Origin, Record
 from tandem.recipe.choices import RecordKind
 
 Kind = RecordKind
@@ -28,7 +28,6 @@ class InvalidRecord(ValueError):  # noqa: N818  (not an error of the program: a 
         self.detail = detail
 
 
-Record = Conversation | Preference
 # Most rows hold one record and raise `InvalidRecord`; of a row with several, each has its verdict.
 Reader = Callable[[Fields, Origin], Sequence[Record | InvalidRecord]]
 
@@ -44,6 +43,7 @@ class Format:
     # more keys that are read when they are there; so are `TOOL_KEYS`, in all formats
     optional: frozenset[str] = frozenset()
     turns: bool = False  # whether turns, with roles and contents, are somewhere in it
+    chat: bool = True  # whether its records are rendered by a chat template, with the row's tools
     # whether a row that has the keys can be of this format; None: any can
     suits: Callable[[Fields], bool] | None = None
     # what a recipe's `completions` must be for it, where formats differ in that
@@ -67,7 +67,7 @@ class Format:
     @property
     def read_keys(self) -> frozenset[str]:
         """All keys that are read."""
-        return self.keys | self.optional | TOOL_KEYS
+        return self.keys | self.optional | (TOOL_KEYS if self.chat else frozenset())
 
     def unread(self, fields: Fields) -> set[str]:
         """Return the keys of a row that are not read; none of joined rows, which have new keys."""

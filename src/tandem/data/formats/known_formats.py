@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tandem.data.formats import conversations, preferences
+from tandem.data.formats import conversations, documents, preferences, tokens
 from tandem.data.formats.conversations import INSTRUCTION, QUERY, QUESTION
 from tandem.data.formats.format import Fields, Format, Kind, Reader, ToUnpaired
 from tandem.data.formats.unpaired import (
@@ -81,8 +81,13 @@ def _labelled(
 
 
 # The first whose keys are all there is the format, so what needs more keys comes first.
-# `messages` often lie beside prompt/chosen/rejected; pairs are then what is meant.
+# `messages` often lie beside prompt/chosen/rejected; pairs are then what is meant. Tokens may lie
+# beside the texts that they were made of.
 FORMATS: tuple[Format, ...] = (
+    _conversations("tokens", "input_ids labels", tokens.read_token_row, "attention_mask",
+                   chat=False),
+    *_pairs("token pairs", "prompt_ids chosen_ids rejected_ids", tokens.read_token_pair,
+            chat=False),
     *_pairs("orca_dpo_pairs", "question chosen rejected", preferences.read_orca_pair, "system",
            suits=preferences.answers_as_texts),
     *_pairs("explicit preference", "prompt chosen rejected", preferences.read_explicit_pair,
@@ -131,8 +136,13 @@ FORMATS: tuple[Format, ...] = (
                split_instruction("answer", **QUESTION)),
     _conversations("question and answer", "question answer",
                    conversations.read_question_and_answer, "context system history"),
+    _conversations("raw text", "text", documents.read_document, chat=False,
+                   suits=documents.is_document),
 )  # fmt: skip
 
+
+# Whose rows are tokens already, of whatever vocabulary.
+OF_TOKENS = frozenset({"tokens", "token pairs"})
 
 _BY_ID = {one.id: one for known in FORMATS for one in (known, replace(known, stated=True))}
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
 from tandem.data.formats import turns
-from tandem.data.formats.format import Fields, InvalidRecord, Reader, Record, spelt, text
+from tandem.data.formats.format import Fields, InvalidRecord, Reader, spelt, text
 from tandem.data.formats.turns import check_order, prompt_of, said
-from tandem.data.records import Origin, Preference, Turn
+from tandem.data.records import Origin, Preference, Record, Turn
 
 
 def read_orca_pair(fields: Fields, origin: Origin) -> list[Preference]:

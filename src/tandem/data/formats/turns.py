@@ -292,3 +292,9 @@ def _content(content: object, key: str) -> str:
     if not isinstance(content, str):
         raise InvalidRecord(f"a turn's `{key}` is not a text")
     return sound(content)
+
+
+def is_turn(item: object) -> bool:
+    """Return whether a value is an object with a role and a text, under either pair of names."""
+    keys = item.keys() if isinstance(item, Mapping) else set()
+    return {"role", "content"} <= keys or {"from", "value"} <= keys

@@ -20,7 +20,15 @@ from tandem.data.formats.conversations import read_completion
 from tandem.data.formats.format import Fields, InvalidRecord, Reader, ToUnpaired, text
 from tandem.data.formats.preferences import read_explicit_pair
 from tandem.data.formats.turns import instruction_in, tools_in
-from tandem.data.records import Conversation, Origin, Preference, Turn
+from tandem.data.records import (
+    Conversation,
+    Origin,
+    Preference,
+    Record,
+    TokenPair,
+    TokenRow,
+    Turn,
+)
 from tandem.data.sources.chunks import BadLine, Chunk, Row, RowChunk
 
 # The keys of what stands before a labelled answer, once the row is split.
@@ -108,9 +116,12 @@ def labelled_answers(split: ToUnpaired) -> Reader:
 def both_answers(read: Reader) -> Reader:
     """Return a reader of pairs as two answers, a good one and a bad one."""
 
-    def answers(fields: Fields, origin: Origin) -> list[Conversation | InvalidRecord]:
-        both: list[Conversation | InvalidRecord] = []
+    def answers(fields: Fields, origin: Origin) -> list[Record | InvalidRecord]:
+        both: list[Record | InvalidRecord] = []
         for one in read(fields, origin):
+            if isinstance(one, TokenPair):
+                both += _as_rows(one)
+                continue
             if not isinstance(one, Preference):
                 assert isinstance(one, InvalidRecord)
                 both.append(one)
@@ -123,6 +134,18 @@ def both_answers(read: Reader) -> Reader:
         return both
 
     return answers
+
+
+def _as_rows(pair: TokenPair) -> list[TokenRow]:
+    return [
+        TokenRow(
+            pair.prompt + answer,
+            (False,) * len(pair.prompt) + (True,) * len(answer),
+            pair.origin,
+            good,
+        )
+        for answer, good in ((pair.chosen, True), (pair.rejected, False))
+    ]
 
 
 def _last_alone(conversation: Conversation) -> Conversation:

@@ -60,12 +60,14 @@ class ChatTemplate:
 @dataclass(frozen=True, slots=True)
 class Ending:
     """How a template ends an answer: `closing`, whose last token is the end-of-turn token `token`
-    (id `token_id`), and the `trailer` after it, which is not trained."""
+    (id `token_id`), and the `trailer` after it, which is not trained. Where no token ends it, all
+    that is `missing`, the error for records with turns."""
 
     closing: str
     token: str
     token_id: int
     trailer: str
+    missing: str = ""
 
 
 def template_names() -> tuple[str, ...]:
@@ -197,12 +199,10 @@ def find_ending(tokenizer: Any, template: ChatTemplate, tools: str = "") -> Endi
     return Ending(closing[:end], token, tokens[token], closing[end:])
 
 
-def require_ending(tokenizer: Any, template: ChatTemplate) -> Ending:
-    """Return `find_ending`, or raise `UserError`: without an end token a model would never stop."""
-    ending = find_ending(tokenizer, template)
-    if ending is None:
-        raise UserError(_endless(tokenizer, template))
-    return ending
+def ending_or_none(tokenizer: Any, template: ChatTemplate) -> Ending:
+    """Return `find_ending`, or an `Ending` of which all is missing: records of tokens need none."""
+    found = find_ending(tokenizer, template)
+    return found or Ending("", "", -1, "", _endless(tokenizer, template))
 
 
 def _endless(tokenizer: Any, template: ChatTemplate) -> str:

@@ -7,7 +7,7 @@ plain values, so that another process can have it, and identified by them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Protocol
@@ -16,7 +16,12 @@ from tandem.data.records import Turn
 from tandem.data.tokenize import chat_template
 from tandem.data.tokenize.chat_template import ChatTemplate, Ending
 from tandem.data.tokenize.light_tokenizer import compile_template
-from tandem.data.tokenize.vocabulary import longest_token, require_rows, tokens_without_row
+from tandem.data.tokenize.vocabulary import (
+    longest_token,
+    require_known,
+    require_rows,
+    tokens_without_row,
+)
 from tandem.errors import UserError
 from tandem.storage.hashing import hash_json
 
@@ -33,6 +38,11 @@ class Codec(Protocol):
     """Renders turns, encodes texts with nothing added, decodes ids."""
 
     bos_token_id: int | None
+    eos_token_id: int | None
+
+    def strange(self, ids: Iterable[int]) -> int | None:
+        """Return the first id that the tokenizer does not have; see `require_known`."""
+        ...
 
     def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
         """Return the text of some turns; see `chat_template.render`."""
@@ -58,11 +68,23 @@ class Codec(Protocol):
 class TransformersCodec:
     """Any tokenizer of transformers, through its own methods."""
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate, rows: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: ChatTemplate,
+        rows: int | None = None,
+        all_rows: int | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._rows = rows
+        self._rows, self._all_rows = rows, all_rows
+        self._known: frozenset[int] = frozenset()  # all ids, once one is asked for
         self.bos_token_id: int | None = tokenizer.bos_token_id
+        self.eos_token_id: int | None = tokenizer.eos_token_id
+
+    def strange(self, ids: Iterable[int]) -> int | None:
+        self._known = self._known or frozenset(self._tokenizer.get_vocab().values())
+        return require_known(ids, self._all_rows, self._known)
 
     def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
         return chat_template.render(
@@ -108,6 +130,8 @@ class CodecParts:
     shown: str  # what a few turns render as; a template may write today's date
     # of the model's embedding, where the tokenizer has more tokens; None: all have a row
     rows: int | None = None
+    all_rows: int | None = None  # the same whatever the tokenizer has; None: unknown
+    eos_token_id: int | None = None  # one of the `special` tokens
 
     @property
     def identity(self) -> str:
@@ -134,8 +158,8 @@ class FastCodec:
     def __init__(self, parts: CodecParts) -> None:
         from tokenizers import Tokenizer
 
-        self.bos_token_id = parts.bos_token_id
-        self._rows = parts.rows
+        self.bos_token_id, self.eos_token_id = parts.bos_token_id, parts.eos_token_id
+        self._rows, self._all_rows = parts.rows, parts.all_rows
         self._template = parts.template
         self._special = dict(parts.special)
         self._render = compile_template(parts.template.source, parts.template.now)
@@ -143,6 +167,11 @@ class FastCodec:
         self._tokenizer: Any = Tokenizer.from_str(parts.tokenizer)
         self._cut = parts.ending.token if _separates(self._tokenizer, parts.ending) else None
         self._longest: int | None = None  # found when a text is long enough to ask
+        self._known: frozenset[int] = frozenset()  # all ids, once one is asked for
+
+    def strange(self, ids: Iterable[int]) -> int | None:
+        self._known = self._known or frozenset(self._tokenizer.get_vocab().values())
+        return require_known(ids, self._all_rows, self._known)
 
     def render(self, turns: Sequence[Turn], *, prompt: bool, tools: str = "") -> str:
         try:
@@ -213,9 +242,10 @@ def make_codec(
     differently from a `FastCodec`. `rows` are those of the model's embedding. Raises `NoRow` where
     the template itself writes a token without a row.
     """
+    all_rows = rows
     if rows is not None and not tokens_without_row(tokenizer, rows):
         rows = None
-    theirs = TransformersCodec(tokenizer, template, rows)
+    theirs = TransformersCodec(tokenizer, template, rows, all_rows)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     plain = getattr(tokenizer, "is_fast", False) and backend is not None
     if not plain or getattr(tokenizer, "split_special_tokens", False):
@@ -230,6 +260,8 @@ def make_codec(
         bos_token_id=tokenizer.bos_token_id,
         shown=json.dumps(shown),
         rows=rows,
+        all_rows=all_rows,
+        eos_token_id=tokenizer.eos_token_id,
     )
     texts = [text for text in shown if text] + [turn.content for turn in _PROBE]
     # transformers writes today's date, even if a run began on another day.

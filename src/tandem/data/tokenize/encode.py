@@ -9,7 +9,7 @@ from typing import Any
 
 from tandem.data.records import Conversation, Origin, Preference, Turn
 from tandem.data.tokenize import template_capabilities
-from tandem.data.tokenize.chat_template import ChatTemplate, Ending, find_ending, require_ending
+from tandem.data.tokenize.chat_template import ChatTemplate, Ending, ending_or_none, find_ending
 from tandem.data.tokenize.codec import Codec, CodecParts, FastCodec, make_codec
 from tandem.data.tokenize.template_capabilities import Refused, TemplateCapabilities, Thought
 from tandem.data.tokenize.template_omissions import Omissions
@@ -73,7 +73,7 @@ class ChatTokenizer:
 
     codec: Codec  # renders, encodes and decodes
     template: ChatTemplate
-    ending: Ending  # how the template ends an answer
+    ending: Ending  # how the template ends an answer, or why it does not
     # how a separate template for records with tools does, if there is one
     tool_ending: Ending | None
     # what is rendered of tools and calls of records with a list of tools
@@ -87,9 +87,9 @@ class ChatTokenizer:
     def of(cls, tokenizer: Any, template: ChatTemplate, rows: int | None = None) -> ChatTokenizer:
         """Make one for a model with `rows` rows in its embedding; None: enough for every token.
 
-        Raises `UserError` when the template ends answers with no token, or writes one without row.
+        Raises `UserError` when the template writes a token without row.
         """
-        ending = require_ending(tokenizer, template)
+        ending = ending_or_none(tokenizer, template)
         tool_ending = None
         if template.for_tools is not None:
             with suppress(UserError):  # the first record with tools, if there is one, reports it
@@ -133,8 +133,12 @@ class ChatTokenizer:
         return self.with_tools if tools else self.without_tools
 
     def ending_for(self, tools: str) -> Ending:
-        """Return how the template ends an answer of turns with these tools."""
-        return self.tool_ending if tools and self.tool_ending is not None else self.ending
+        """Return how the template ends an answer of turns with these tools; UserError if none."""
+        if tools and self.tool_ending is not None:
+            return self.tool_ending
+        if self.ending.missing:
+            raise UserError(self.ending.missing)
+        return self.ending
 
 
 @dataclass(frozen=True, slots=True)

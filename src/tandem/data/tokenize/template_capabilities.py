@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from tandem.data.formats.tool_calls import REASONING_KEYS
-from tandem.data.records import REASONING, Conversation, Preference, Turn
+from tandem.data.records import REASONING, ChatRecord, Conversation, Turn
 from tandem.data.tokenize.chat_template import Ending
 
 # Words that no template contains.
@@ -92,7 +92,7 @@ def probe_template(
     return TemplateCapabilities(shown((asked,), _TOOL), calls, shown(answered, _RESULT), reasoning)
 
 
-def reason_unsupported(taken: TemplateCapabilities, record: Conversation | Preference) -> str:
+def reason_unsupported(taken: TemplateCapabilities, record: ChatRecord) -> str:
     """Return what a template does not render of a record beside its texts; empty for nothing."""
     turns = record.turns if isinstance(record, Conversation) else record.prompt
     if record.tools and not taken.tools:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,9 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
     )
 
 
+_ALL = 2**31  # more rows than any model has
+
+
 class NoRow(UserError):  # noqa: N818 - named as Stopped is
     """A text has a token for which the model has no row."""
 
@@ -84,6 +87,20 @@ def require_rows(ids: Iterable[int], rows: int | None, decode: Callable[[list[in
             "which adds a row and trains it, or put the tokenizer that belongs to the model into "
             "its folder."
         )
+
+
+def require_known(ids: Iterable[int], rows: int | None, known: Set[int]) -> int | None:
+    """Return the first id that is not `known` to the tokenizer, None where all are.
+
+    Raises `NoRow` for one beyond the `rows` of a model's embedding; None: those are unknown.
+    """
+    strange = next((index for index in ids if index not in known or index >= (rows or _ALL)), None)
+    if strange is not None and rows is not None and strange >= rows:
+        raise NoRow(
+            f"the id {strange} is none of the model's, which has {rows} rows in its embedding, the "
+            f"last for id {rows - 1}. Make the tokens with the model's own tokenizer."
+        )
+    return strange
 
 
 # Unicode's NFC composes at most three bytes into one (Hangul: nine into three; the Kelvin sign:

@@ -11,6 +11,9 @@ from tandem.recipe.choices import TooLong
 
 NOTHING_LEFT = "nothing left to train"
 BEYOND = "longer than max_length"
+NO_TURNS = (
+    "too long, and tokens have no turns to drop (`too_long` keep_start or keep_end cuts them)"
+)
 PROMPT_BEYOND = "prompt longer than max_prompt_length"
 ANSWER_BEYOND = "the answer alone is longer than max_length"
 

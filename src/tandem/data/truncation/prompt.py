@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from tandem.data.records import Conversation, Preference, Turn
+from tandem.data.records import ChatRecord, Turn
 from tandem.data.tokenize.encode import ChatTokenizer, render, room_for
 
 Turns = tuple[Turn, ...]
-Record = Conversation | Preference
+Record = ChatRecord
 
 
 def prompt_tokens(chat: ChatTokenizer, record: Record, turns: Turns, limit: int) -> int:

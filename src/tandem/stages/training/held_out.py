@@ -55,10 +55,10 @@ def hold_out(
     if validation.fraction is not None:
         chosen = choose_held_out(dataset.prompts, validation.fraction, seed)
         trained, scored = (dataset.select(np.flatnonzero(which)) for which in (~chosen, chosen))
-        ledger.hold_out(len(scored))
+        ledger.hold_out(scored.records)
         log(
-            f"{len(scored)} of {len(dataset)} records are held out, with every record of their "
-            f"{len(np.unique(scored.prompts))} prompts; {len(trained)} are trained on"
+            f"{scored.records} of {dataset.records} records are held out, with every record of "
+            f"their {len(np.unique(scored.prompts))} prompts; {trained.records} are trained on"
         )
         return trained, HeldOut(scored, None)
     own, scored = prepare()

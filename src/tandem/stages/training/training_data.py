@@ -139,10 +139,12 @@ class StageReader:
         for line in sources_in_words(ledger):
             self.log(f"{'held out: ' if held_out else ''}{line}")
         counts = ledger.summary()
+        split = counts.get("split")
         self.log(
             f"{counts['trained']} of {counts['read']} records "
             f"{'to score' if held_out else 'to train on'}, "
             f"{counts['truncated']} truncated, {counts['dropped']} dropped"
+            + (f", {split} split, {len(dataset)} examples in all" if split else "")
             + (f" (each in {ledger.path})" if counts["reasons"] and ledger.path else "")
             + f", encoded in {time.perf_counter() - began:.1f} s"
         )
