@@ -86,6 +86,12 @@ def test_tokens_of_messages_are_the_messages_examples(
     assert same(made(stories_tokenizer, tmp_path, rows, loss_on="text")[0], expected)
 
 
+def test_a_first_token_with_a_label_is_only_read(stories_tokenizer: Any, tmp_path: Path) -> None:
+    found, ledger = made(stories_tokenizer, tmp_path, [{"input_ids": [1, 5], "labels": [1, 5]}])
+    assert found[0].branches[0].trained.tolist() == [False, True]
+    assert not ledger.entries
+
+
 def pair_tokens(tokenizer: Any, question: str, *answers: str) -> list[list[int]]:
     apply, keep = tokenizer.apply_chat_template, {"return_dict": False}
     asked = [{"role": "user", "content": question}]

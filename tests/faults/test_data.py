@@ -159,7 +159,11 @@ def talk(*roles: str) -> dict[str, Any]:
             {"messages": None, "instruction": "Why?", "output": "So."},
             "a row of another format than its source's first (Alpaca, not messages)",
         ),
-        ({"text": "Why?"}, "`messages` is not a list of turns"),
+        ({"texts": "Why?"}, "`messages` is not a list of turns"),
+        (
+            {"text": "Why?"},
+            "a row of another format than its source's first (raw text, not messages)",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_used_is_in_the_ledger_with_its_reason(
