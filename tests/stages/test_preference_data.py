@@ -247,7 +247,11 @@ def test_pairs_are_two_labelled_answers_each(model: Path, tmp_path: Path) -> Non
     ("loss", "data", "message"),
     [
         ("sigmoid", "labels", "no answer to the same prompt is labelled"),
-        ("kto", "rows", "UltraFeedback.*but this stage trains on labelled answers"),
+        (
+            "kto",
+            "rows",
+            "UltraFeedback.*labelled answers. Take a loss of pairs",
+        ),
         ("kto", "conversations", "but this stage trains on labelled answers"),
         ("kto", "one", "there is only one record"),
     ],

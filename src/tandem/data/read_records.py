@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from tandem.data.formats import check_fields, known_formats
-from tandem.data.formats.advice import SAYING, advice_on
+from tandem.data.formats.advice import OTHER_WAYS, SAYING, advice_on
 from tandem.data.formats.check_fields import unreadable
 from tandem.data.formats.conversations import QUESTION_KEYS, Question, read_question
 from tandem.data.formats.format import Fields, Format, InvalidRecord, Kind
@@ -286,7 +286,8 @@ def _detect(row: Row, source: DataSource, kind: Kind) -> Format | None:
         what = f"{known.kind} ({known.name}: " if known.chat else f"{known.name} ("
         raise UserError(
             f"data: {source.path} holds {what}{', '.join(sorted(known.keys))}), but this stage "
-            f"trains on {kind}. Known formats of {kind}: {describe_formats(kind)}."
+            f"trains on {kind}.{OTHER_WAYS.get((known.kind, kind), '')} Known formats of {kind}: "
+            f"{describe_formats(kind)}."
         )
     return known
 

@@ -8,6 +8,14 @@ from tandem.data.formats.turns import is_turn, known_role
 
 SAYING = "with `fields: {key of the format: key of the data}` in a recipe, or --fields KEY=NAME"
 
+# What trains on records of a kind, where a stage needs another kind.
+OTHER_WAYS: dict[tuple[Kind, Kind], str] = {
+    ("preference pairs", "labelled answers"): " Take a loss of pairs, such as `dpo.loss: sigmoid`, "
+    "or give each answer a label.",
+    ("preference pairs", "conversations"): " DPO trains on pairs.",
+    ("conversations", "preference pairs"): " SFT trains on conversations.",
+}
+
 
 def _holds_records(value: object) -> bool:
     """Return whether a value is a list of rows of a known format."""
