@@ -130,7 +130,8 @@ def _page(
     lines = [
         "# Whole rows of four answers, and their pairs apart",
         "",
-        f"Made by `python -m benchmarks.rows --save`. {options.rows} prompts with four answers, "
+        f"Made by `python -m benchmarks.rows --rows {options.rows} --size {options.size} --repeats "
+        f"{options.repeats} --save`. {options.rows} prompts with four answers, "
         f"{pairs} pairs, one optimizer step; a Mistral architecture of {options.size} million "
         f"parameters, float32. Medians of {options.repeats} runs in turns; the reference pass "
         f"counts. All sides had a first loss of {first.first_loss:.4f}.",
@@ -155,7 +156,7 @@ def _page(
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description=__doc__)
-    parser.add_argument("--rows", type=int, default=12, help="prompts")
+    parser.add_argument("--rows", type=int, default=4, help="prompts")
     parser.add_argument("--size", type=int, default=60, help="millions of parameters")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

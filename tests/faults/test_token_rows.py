@@ -29,6 +29,17 @@ def token_pairs(count: int, last: int = 7) -> list[dict[str, Any]]:
     return pairs
 
 
+def test_what_is_trained_is_not_asked_of_tokens(desk: Desk) -> None:
+    rows, texts = (
+        file(desk, "rows.jsonl", token_rows(8)),
+        file(desk, "t.jsonl", [{"text": "a b c"}]),
+    )
+    recipe = desk.recipe(sft__data=[str(rows)], sft__loss_on="text")
+    desk.refused(["run", recipe], "loss_on: text has no effect, because all data is tokens")
+    recipe = desk.recipe(sft__data=[str(rows), str(texts)], sft__loss_on="text")
+    desk.accepted(["run", recipe])
+
+
 def test_a_model_without_a_template_trains_on_tokens_of_both_kinds(desk: Desk) -> None:
     config = read_json(desk.model / "tokenizer_config.json")
     assert not config.pop("chat_template", None)

@@ -18,9 +18,11 @@ from tandem.data.encoded.dataset_store import EncodedStore
 from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.encoded.worker_pool import EncodingWork
 from tandem.data.formats.format import Kind
+from tandem.data.formats.known_formats import OF_TOKENS
 from tandem.data.ledger import Ledger
 from tandem.data.sources.rows import looks_like_path, not_read
 from tandem.data.tokenize.encode import ChatTokenizer
+from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import log, phase
@@ -138,6 +140,11 @@ class StageReader:
         dataset = build_dataset(sources, self.chat, options, ledger, work)
         for line in sources_in_words(ledger):
             self.log(f"{'held out: ' if held_out else ''}{line}")
+        if options.loss_on == "text" and set(ledger.formats.values()) <= OF_TOKENS and not held_out:
+            raise UserError(
+                f"{self.name}: loss_on: text has no effect, because all data is tokens, whose "
+                "`labels` say what is trained. Leave it out."
+            )
         counts = ledger.summary()
         split = counts.get("split")
         self.log(
