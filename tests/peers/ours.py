@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,11 @@ def adapted(folder: Path, dtype: torch.dtype = torch.float32, backend: str = "se
     return prepare_model(load_model(folder, dtype=dtype), FOR_TRAINING, preparation)
 
 
-def engine_of(model: Any) -> Engine:
-    """An engine on the CPU that holds the model."""
+def engine_of(model: Any, of_token: Callable[[Tensor], Tensor] | None = None) -> Engine:
+    """An engine on the CPU that holds the model; `of_token` is as in `Engine.prepare`."""
     device = choose_device("cpu", str(model.dtype).removeprefix("torch."))
     engine = choose_engine("single", device, ProcessGroup(Launch()))
-    engine.prepare(model, lambda parameters: torch.optim.SGD(parameters.values()), None)
+    engine.prepare(model, lambda parameters: torch.optim.SGD(parameters.values()), None, of_token)
     return engine
 
 

@@ -17,7 +17,7 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_jsonl
-from tandem.train.objectives.supervised import SupervisedObjective
+from tandem.train.objectives.supervised import SupervisedObjective, probability_weighted
 from tests.jobs import training_job
 
 from ..data.built import prepare_conversations
@@ -43,7 +43,7 @@ def test_rows_of_tokens_are_the_same_examples_and_trls(
     stories_path: Path,
     tmp_path: Path,
 ) -> None:
-    """Rows of ids and labels are trained by both as the conversations are that they are of."""
+    """Rows of ids and labels are trained by both as the conversations are; DFT is the same, too."""
     import datasets
     from trl import SFTConfig, SFTTrainer
 
@@ -58,10 +58,13 @@ def test_rows_of_tokens_are_the_same_examples_and_trls(
     file = plain.write_rows(tmp_path / "rows.jsonl", rows)
     found = ours.trees_of(prepare_conversations, file, chat_tokenizer)
     expected = ours.trees_of(prepare_conversations, conversations_file, chat_tokenizer)
+    peer = plain.fresh_adapter(plain.load(stories_path), seed=1)
+    plain.move_adapter(peer)
     trainer = SFTTrainer(
-        model=plain.load(stories_path),
+        model=peer,
         args=SFTConfig(
             output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none",
+            loss_type="dft",
             disable_tqdm=True, activation_checkpointing=False, max_length=plain.CONTEXT,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
@@ -78,6 +81,16 @@ def test_rows_of_tokens_are_the_same_examples_and_trls(
         targets = fed["labels"][number] != -100
         assert targets[:size].tolist() == sequence.trained.tolist()
         assert not targets[size:].any()
+
+    loss = trainer.compute_loss(trainer.model, dict(fed))
+    loss.backward()
+    model = ours.adapted(stories_path)
+    plain.move_adapter(model)
+    engine = ours.engine_of(model, probability_weighted)
+    model.train()
+    metrics = ours.accumulate(engine, found, SupervisedObjective())
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    plain.assert_close_tensors(plain.gradients(model), plain.gradients(peer), 5e-5)
 
 
 def test_loss_and_gradients_equal_transformers(
