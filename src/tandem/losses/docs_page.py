@@ -57,11 +57,26 @@ bad answer. For `kto` the divergence is estimated in each step from every prompt
 with another record's answer. These cost one forward without gradients.
 """,
 }
+_SUPERVISED = """\
+## Of supervised fine-tuning
+
+`sft.loss` in a recipe, or `--loss` of `tandem sft`. Both are sums over the trained tokens of the
+step, divided by their number; p is the probability of a token.
+
+| loss | formula | when to use it | source | equal to |
+| --- | --- | --- | --- | --- |
+| `nll` | -log p | Always, unless there is a reason for another one. | Negative log-likelihood. | \
+transformers |
+| `dft` | -p log p, of which the first p is a constant | Where SFT generalises badly: tokens that \
+the model finds unlikely count less. The held-out loss remains `nll`. | DFT (arXiv 2508.05629). | \
+TRL |
+"""
 
 
 def losses_page() -> str:
     """Write the Markdown page: for each loss its formula, when to use it, source and peers."""
-    return "\n".join([_INTRODUCTION, *("\n".join(_section(kind)) for kind in _SECTIONS)])
+    of_preferences = ("\n".join(_section(kind)) for kind in _SECTIONS)
+    return "\n".join([_INTRODUCTION, *of_preferences, _SUPERVISED])
 
 
 def _section(compared: Compared) -> Iterator[str]:
