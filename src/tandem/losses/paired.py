@@ -6,6 +6,7 @@ delta = r_w - r_l (of the f-divergence's scores, where there is one).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from tandem.losses.answers import AnswerLogps, log_sigmoid, smoothed
@@ -172,8 +173,6 @@ def exo_pair(
     chosen: AnswerLogps, rejected: AnswerLogps, *, beta: float, label_smoothing: float
 ) -> Tensor:
     """EXO for pairs, equation 16 of arXiv 2402.00856: KL(policy || labels)."""
-    import math
-
     x = beta * _delta(chosen, rejected)
     of_chosen = x.sigmoid() * (log_sigmoid(x) - math.log1p(-label_smoothing))
     of_rejected = (-x).sigmoid() * (log_sigmoid(-x) - math.log(label_smoothing))

@@ -16,7 +16,7 @@ from pydantic import (
 
 from tandem.errors import UserError
 from tandem.losses.answers import DivergenceName
-from tandem.losses.known import find_loss
+from tandem.losses.known import find_loss, known_losses
 from tandem.losses.registry import PREFERENCE_LOSSES, Compared, PreferenceLoss
 from tandem.recipe import choices
 from tandem.recipe.data_source import Sources
@@ -132,7 +132,8 @@ class DpoSettings(TrainingSettings):
         named = " and ".join(loss.name for loss in losses)
         used = {option for loss in losses for option in loss.options}
         idle = super().idle_options()
-        for option in _OPTIONS:
+        every = (option for loss in PREFERENCE_LOSSES.values() for option in loss.options)
+        for option in dict.fromkeys(every):
             if option not in used:
                 users = ", ".join(_users(option))
                 idle[option] = f"loss {named}; remove it, or take a loss that uses it: {users}"
@@ -182,18 +183,12 @@ class DpoSettings(TrainingSettings):
 
 
 _OTHER_DIVERGENCE = "another f_divergence_type than alpha_divergence; remove it"
-# Settings that some losses use.
-_OPTIONS = (
-    "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha",
-    "simpo_gamma", "cpo_alpha", "dpop_lambda", "discopop_tau", "desirable_weight",
-    "undesirable_weight", "score_temperature",
-)  # fmt: skip
 
 
 def uses_beta(losses: str | Iterable[str]) -> bool:
     """Whether any of some losses, which may be unknown, uses `beta`."""
     names = [losses] if isinstance(losses, str) else losses
-    known = [PREFERENCE_LOSSES[name] for name in names if name in PREFERENCE_LOSSES]
+    known = known_losses(names)
     return not known or any("beta" in loss.options for loss in known)
 
 

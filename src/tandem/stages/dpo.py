@@ -1,4 +1,4 @@
-"""Stage 2: Direct Preference Optimization of a LoRA adapter on preference pairs."""
+"""Stage 2: preference training, by Direct Preference Optimization or another loss."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run_dpo(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = 
 
 def _objective(inputs: ObjectiveInputs, settings: DpoSettings) -> BuiltObjective:
     mixture, dataset = Mixture.of(settings), inputs.dataset
-    reference = _Reference(inputs, mixture.reference)
+    reference = _Reference(inputs, settings.needs_reference)
     tolerance = _TOLERANCE[inputs.engine.device.dtype_name]
     first = np.concatenate([[0], np.cumsum(dataset.branches, dtype=np.int64)])
     answers = partial(Answers, first, divergence=mixture.divergence)

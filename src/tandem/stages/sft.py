@@ -1,4 +1,4 @@
-"""Stage 1: supervised fine-tuning of a LoRA adapter on conversations."""
+"""Stage 1: supervised fine-tuning on conversations, raw text or tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tandem.train.objectives.supervised import SupervisedObjective, probability_
 
 
 def run_sft(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = ()) -> Path:
-    """Fine-tune the job's model on conversations, into a peft adapter folder; see `train_stage`."""
+    """Fine-tune the job's model on conversations, raw text or tokens; see `train_stage`."""
     settings = job.settings
     assert isinstance(settings, SftSettings)
     stage = TrainingStage(

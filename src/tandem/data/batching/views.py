@@ -70,15 +70,9 @@ def _partners(prompts: NDArray[np.uint64]) -> NDArray[np.int64]:
     changes = prompts[following] != prompts
     if not changes.any():
         return following
-    partners = np.zeros(count, dtype=np.int64)
-    start = int(np.flatnonzero(changes)[-1])
-    partner = int(following[start])
-    for step in range(count):  # backwards from a record whose next one has another prompt
-        index = (start - step) % count
-        if changes[index]:
-            partner = int(following[index])
-        partners[index] = partner
-    return partners
+    last = np.flatnonzero(changes)  # the last record of each run of one prompt
+    run = np.searchsorted(last, np.arange(count)) % len(last)
+    return following[last[run]]
 
 
 def with_length_weights(dataset: Sequence[Example], alpha: float) -> ExampleView:

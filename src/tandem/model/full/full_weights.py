@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -81,14 +81,11 @@ class FullWeights:
         """
         config = load_config(self.base)
         dtype = torch_dtype(self.dtype) or stored_dtype(self.base)
-        trained = load_file(folder / _TRAINED)
-        weights = {name: tensor.to(dtype) for name, tensor in trained.items()}
-        lost = _share_lost(self.base, trained, weights)
+        weights, lost = _rounded(folder / _TRAINED, self.base, dtype)
         described = model_without_weights(config)
         rows = _embedding_rows(weights, described)
         with _no_progress():
             described.save_pretrained(str(folder), state_dict=weights)  # which empties it
-        del trained
         (folder / _TRAINED).unlink()
         copy_surroundings(self.base, self.base, folder, dtype)
         written = read_json(folder / "config.json")
@@ -116,17 +113,28 @@ class FullWeights:
             model.train(training)
 
 
-def _share_lost(base: Path, trained: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -> float:
-    """The norm of what rounding changed by that of what training changed, over all weights."""
+def _rounded(file: Path, base: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], float]:
+    """Return the weights of a file in another format, and how much of the training that loses.
+
+    That is the norm of what rounding changed by that of what training changed, over all weights.
+    They are read one by one: together, wide and narrow, they could be more than there is memory.
+    """
+    weights: dict[str, Tensor] = {}
     lost = moved = 0.0
-    for shard in weight_files(base):
-        with opened(shard) as file:
-            for name in set(file.keys()) & trained.keys():
-                before = file.get_tensor(name).float()
-                if before.shape == trained[name].shape:
-                    lost += float((rounded[name].float() - trained[name].float()).norm()) ** 2
-                    moved += float((trained[name].float() - before).norm()) ** 2
-    return (lost / moved) ** 0.5 if moved else 0.0
+    with ExitStack() as stack:
+        trained = stack.enter_context(opened(file))
+        shards = [stack.enter_context(opened(shard)) for shard in weight_files(base)]
+        shard_of = {name: shard for shard in shards for name in list(shard.keys())}
+        for name in list(trained.keys()):
+            wide = trained.get_tensor(name)
+            weights[name] = wide.to(dtype)
+            if name not in shard_of:
+                continue
+            before = shard_of[name].get_tensor(name).float()
+            if before.shape == wide.shape:
+                lost += float((weights[name].float() - wide.float()).norm()) ** 2
+                moved += float((wide.float() - before).norm()) ** 2
+    return weights, (lost / moved) ** 0.5 if moved else 0.0
 
 
 @contextmanager

@@ -40,13 +40,9 @@ class LabelledObjective:
 
     def see_step(self, logps: Tensor) -> None:
         """Estimate the divergence from answers to other prompts."""
-        real, numbers = (
-            torch.ones_like(logps, dtype=torch.bool),
-            self._mismatched.numbers(self._step),
-        )
-        self._statistics = self._mixture.statistics(
-            self._mismatched.logps(logps, real, numbers, 1.0)
-        )
+        real, numbers = torch.ones_like(logps) > 0, self._mismatched.numbers(self._step)
+        answers = self._mismatched.logps(logps, real, numbers, 1.0)
+        self._statistics = self._mixture.statistics(answers)
 
     def loss(
         self, logps: Tensor, weights: Tensor, members: Sequence[int], *, first_step: bool

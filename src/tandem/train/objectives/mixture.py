@@ -33,6 +33,7 @@ class Mixture:
 
     parts: tuple[Part, ...]
     compared: Compared
+    couples: bool  # whether any of them needs a statistic of the whole step
     beta: float
     divergence: Divergence | None
 
@@ -44,17 +45,7 @@ class Mixture:
             for loss, weight in ((find_loss(name), w) for name, w in settings.losses.items())
         )
         divergence = divergence_of(settings.f_divergence_type, settings.f_alpha_divergence_coef)
-        return cls(parts, parts[0].loss.compared, settings.beta, divergence)
-
-    @property
-    def reference(self) -> bool:
-        """Whether any of them needs a reference."""
-        return any(part.loss.reference for part in self.parts)
-
-    @property
-    def couples(self) -> bool:
-        """Whether any of them needs a statistic of the whole step."""
-        return any(part.loss.statistic is not None for part in self.parts)
+        return cls(parts, settings.compared, settings.sees_steps, settings.beta, divergence)
 
     @property
     def reward(self) -> Reward | None:

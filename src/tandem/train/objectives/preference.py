@@ -65,7 +65,7 @@ class PreferenceObjective:
         self.couples = mixture.couples
         self._mixture, self._answers, self._tolerance = mixture, answers, relative_tolerance
         self._step: Sequence[int] = ()
-        self._pair_starts = np.zeros(1, dtype=np.int64)  # of the step's examples
+        self._pairs: _Pairs
         self._step_tokens = 1.0
         self._statistics: tuple[Tensor | None, ...] = ()
 
@@ -73,8 +73,7 @@ class PreferenceObjective:
         """The step's pairs; its rows if they are compared as a whole."""
         del examples
         self._step = indices
-        pairs = _Pairs.of(self._answers, indices)
-        self._pair_starts = np.concatenate([[0], np.cumsum(pairs.counts)])
+        self._pairs = pairs = _Pairs.of(self._answers, indices)
         tokens = self._answers.tokens[self._answers.numbers(indices)[pairs.better]]
         self._step_tokens = float(tokens.mean())
         return len(indices) if self._mixture.compared == "rows" else len(pairs.better)
@@ -82,7 +81,7 @@ class PreferenceObjective:
     def see_step(self, logps: Tensor) -> None:
         """Compute the losses' statistics of a step."""
         answers = self._given(logps, torch.ones_like(logps), self._step)
-        better, worse = _Pairs.of(self._answers, self._step).places(logps)
+        better, worse = self._pairs.places(logps)
         self._statistics = self._mixture.statistics(
             part_of(answers, better), part_of(answers, worse)
         )
@@ -122,7 +121,7 @@ class PreferenceObjective:
         """The step's statistics, of those with a row a pair the micro-batch's, padded like it."""
         if not self._statistics:
             return ()
-        starts = self._pair_starts
+        starts = np.concatenate([[0], np.cumsum(self._pairs.counts)])
         rows = np.zeros(len(like), dtype=np.int64)
         own = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
         rows[: len(own)] = own
