@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tandem.data.build_dataset import build_dataset
@@ -13,7 +15,7 @@ from tandem.data.encoded.encode_chunk import EncodingOptions
 from tandem.data.encoded.worker_pool import EncodingWork, ShowProgress
 from tandem.data.formats.format import Kind
 from tandem.data.ledger import Ledger
-from tandem.data.tokenize.chat_template import ChatTemplate
+from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.data.truncation.limits import Limits
 from tandem.recipe.data_source import DataSource
@@ -46,3 +48,19 @@ def prepare(
 
 prepare_conversations = partial(prepare, "conversations")
 prepare_pairs = partial(prepare, "preference pairs")
+
+
+def made_of(
+    tokenizer: Any,
+    folder: Path,
+    lines: list[Any],
+    make: Any = prepare_conversations,
+    **options: Any,
+) -> tuple[Any, Ledger]:
+    """The examples of some rows, and their ledger."""
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    ledger = Ledger(None)
+    given: dict[str, Any] = {"template": resolve_template(tokenizer, "neural-chat")}
+    given |= {"max_length": 512, "ledger": ledger, **options}
+    return make([DataSource(path=str(file))], tokenizer=tokenizer, **given), ledger

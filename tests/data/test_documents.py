@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tandem.model.logprobs.sequence_logps import sequence_logps
 from tandem.recipe.data_source import DataSource
 
 from ..invariants.made import attend
-from .built import prepare, prepare_conversations, prepare_pairs
+from .built import made_of, prepare, prepare_conversations, prepare_pairs
 
 AT = Origin("a.jsonl", 1)
 TEXTS = [
@@ -37,20 +38,7 @@ TEXTS = [
 ]
 
 
-def made(
-    tokenizer: Any,
-    folder: Path,
-    lines: list[Any],
-    make: Any = prepare_conversations,
-    **options: Any,
-) -> tuple[Any, Ledger]:
-    """The examples of some rows of text, and their ledger."""
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    ledger = Ledger(None)
-    given = {"template": resolve_template(tokenizer, "neural-chat"), "max_length": 512}
-    given |= {"ledger": ledger, "loss_on": "text", **options}
-    return make([DataSource(path=str(file))], tokenizer=tokenizer, **given), ledger
+made = partial(made_of, loss_on="text")
 
 
 def rows_of(*texts: str) -> list[dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tandem.data.truncation.tokens import FittedTokens, fit_tokens
 from tandem.errors import UserError
 from tandem.recipe.data_source import DataSource
 
+from .built import made_of as made
 from .built import prepare, prepare_conversations, prepare_pairs
 
 TALK = [
@@ -28,22 +28,6 @@ TALK = [
     {"role": "user", "content": "And then?"},
     {"role": "assistant", "content": "He was happy."},
 ]
-
-
-def made(
-    tokenizer: Any,
-    folder: Path,
-    lines: list[Any],
-    make: Any = prepare_conversations,
-    **options: Any,
-) -> tuple[Any, Ledger]:
-    """The examples of some rows, and their ledger."""
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    ledger = Ledger(None)
-    given: dict[str, Any] = {"template": resolve_template(tokenizer, "neural-chat")}
-    given |= {"max_length": 512, "ledger": ledger, **options}
-    return make([DataSource(path=str(file))], tokenizer=tokenizer, **given), ledger
 
 
 def same(found: Any, expected: Any) -> bool:

@@ -132,7 +132,7 @@ def test_a_run_that_ended_early_takes_no_further_step(
         raise ZeroDivisionError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage_module, "_write_adapter", crash)
+        patch.setattr(stage_module, "_write_result", crash)
         with pytest.raises(ZeroDivisionError):
             run("sft", tiny_model, tmp_path / "out", **changes)
     monkeypatch.setattr(trainer.Trainer, "_take", crash)

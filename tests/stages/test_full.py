@@ -68,6 +68,8 @@ def test_rounding_that_takes_what_training_changed_is_said(
         assert main([*arguments, "--output_dir", str(folder), "--save_dtype", dtype]) == 0
         said = " ".join("".join(capsys.readouterr()).split())
         assert ("rounding to bfloat16 changes the weights by" in said) is (dtype == "auto")
+        warnings = json.loads((folder / "summary.json").read_text())["warnings"]
+        assert any("rounding to bfloat16" in one for one in warnings) is (dtype == "auto")
         saved[dtype] = load_file(folder / "model.safetensors")
         config = json.loads((folder / "config.json").read_text())
         assert config["dtype"] == {"auto": "bfloat16"}.get(dtype, dtype)

@@ -29,10 +29,10 @@ from tandem.recipe.training_settings import LoraSettings, SftSettings
 from tandem.stages.finished import training_is_finished
 from tandem.stages.merge import run_merge
 from tandem.storage.atomic_files import read_json, read_jsonl
-from tandem.train import trainer
 from tests.jobs import merge_job, training_job
 
 from .made_inputs import QUIET, make_conversations, make_model_folder
+from .stopped import dying_before
 from .test_training_stages import distance, run
 
 ADDED: dict[str, Any] = {
@@ -97,7 +97,6 @@ def test_the_reference_of_dpo_is_the_model_with_the_adapter(
     tiny_model: Path,
     adapters: dict[str, Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also after a stop, with a store that is gone and weights that have moved."""
 
@@ -109,17 +108,8 @@ def test_the_reference_of_dpo_is_the_model_with_the_adapter(
     lines = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert lines[-1]["loss"] < lines[0]["loss"]
-    plain = trainer.Trainer._take
-
-    def take(self: Any, step: Any) -> Any:
-        if step.number == 3:
-            raise ZeroDivisionError
-        return plain(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_take", take)
-        with pytest.raises(ZeroDivisionError):
-            dpo("stopped")
+    with dying_before(3):
+        dpo("stopped")
     shutil.rmtree(tmp_path / "cache")
     resumed = dpo("stopped")
     assert read_json(tmp_path / "stopped" / "summary.json")["reference_computed"] == 24

@@ -67,7 +67,7 @@ class FullWeights:
                   folder / _TRAINED)  # fmt: skip
 
     def load(self, model: Any, folder: Path) -> None:
-        """Nothing: the model is its own reference first, and gets `late` weights afterwards."""
+        """Do nothing: the model is its own reference first, and gets `late` weights afterwards."""
 
     def late(self, folder: Path) -> dict[str, Tensor]:
         """The weights of a checkpoint, by name."""
@@ -117,7 +117,7 @@ def _rounded(file: Path, base: Path, dtype: torch.dtype) -> tuple[dict[str, Tens
     """Return the weights of a file in another format, and how much of the training that loses.
 
     That is the norm of what rounding changed by that of what training changed, over all weights.
-    They are read one by one: together, wide and narrow, they could be more than there is memory.
+    The weights are read one by one.
     """
     weights: dict[str, Tensor] = {}
     lost = moved = 0.0

@@ -195,7 +195,7 @@ class LoraWeights:
         return ""
 
     def late(self, folder: Path) -> dict[str, Tensor]:
-        """None: they are small enough to be put back before the engine spreads the model."""
+        """Return no weights: `load` put them back before the engine spread the model."""
         del folder
         return {}
 

@@ -19,13 +19,13 @@ from tandem.storage.hashing import hash_bytes
 from tandem.train.checkpoint import RunState, copy_adapter
 
 
-def save_adapter_folder(
+def save_result(
     context: TrainContext, model: Any, trained: Mapping[str, Tensor], checkpoint: Path | None = None
-) -> list[str]:
-    """Put adapter, tokenizer and chat template at the folder's root; returns the file names.
+) -> tuple[list[str], list[str]]:
+    """Put adapter or model, tokenizer and chat template at the folder's root.
 
-    Inference then uses the template of training, and ends answers as it does. The adapter is the
-    model's, or a checkpoint's.
+    Inference then uses the template of training, and ends answers as it does. The weights are
+    those that were `trained`, or a checkpoint's. Returns the names of the files, and warnings.
     """
     tokenizer, template = context.base.tokenizer, context.base.template
     with atomic_folder(context.job.folder / "saving") as aside:
@@ -33,15 +33,14 @@ def save_adapter_folder(
             context.weights.save(model, aside, trained)
         else:
             copy_adapter(checkpoint, aside)
-        if warning := context.weights.finish(aside):
-            context.log(warning, style="yellow")
+        warning = context.weights.finish(aside)
         tokenizer.chat_template = template.saved
         with spelled(aside) as named:
             tokenizer.save_pretrained(str(named))
         ending = find_ending(tokenizer, template)
         if ending and (line := write_ends(aside, context.base.folder, tokenizer, template, ending)):
             context.log(line)
-    return move_up(context.job.folder / "saving")
+    return move_up(context.job.folder / "saving"), [warning] if warning else []
 
 
 def move_up(folder: Path) -> list[str]:

@@ -36,7 +36,7 @@ from tandem.stages.training.context import (
 from tandem.stages.training.execution import start_engine
 from tandem.stages.training.held_out import kept_in_words, kept_warnings, validation_summary
 from tandem.stages.training.model_setup import compile_model, set_up_model
-from tandem.stages.training.outputs import packing_in_words, save_adapter_folder, training_summary
+from tandem.stages.training.outputs import packing_in_words, save_result, training_summary
 from tandem.stages.training.trainer_setup import build_trainer, prepare_engine, restore
 from tandem.stages.training.training_data import StageReader, TrainingData
 from tandem.storage.atomic_files import atomic_write_json, read_jsonl
@@ -170,7 +170,7 @@ def _run(
     with StageProgress(context.console, stage.name, run.total_steps, run.state.step) as display:
         build_trainer(context, run, records, built, budget, display).run()
     done = _Done(model, engine.trained(), records, built, run.state, execution, compiled)
-    outputs, summary = processes.on_rank0(lambda: _write_adapter(context, done))
+    outputs, summary = processes.on_rank0(lambda: _write_result(context, done))
     for callback in run.callbacks:
         callback.on_train_end(run, summary)
     processes.on_rank0(lambda: _finish(context, done, outputs, summary))
@@ -240,13 +240,14 @@ class _Done:
     compiled: Compiling
 
 
-def _write_adapter(context: TrainContext, done: _Done) -> tuple[list[str], dict[str, Any]]:
-    """Write the adapter's folder; returns its files, and what summary.json says."""
+def _write_result(context: TrainContext, done: _Done) -> tuple[list[str], dict[str, Any]]:
+    """Write what was trained into the folder; returns its files, and what summary.json says."""
     state, folder = done.state, context.job.folder
     best = best_adapters(folder, context.weights)
     kept = None if state.best_step is None else best.path_of(state.best_step)
-    outputs = save_adapter_folder(context, done.model, done.trained, kept)
+    outputs, of_saving = save_result(context, done.model, done.trained, kept)
     context = context.warned(*done.records.warnings(), logged=True).warned(
+        *of_saving,
         *context.stage.warnings(read_jsonl(folder / "metrics.jsonl")),
         *kept_warnings(context.job.settings, state),
     )

@@ -57,7 +57,7 @@ class Engine(ABC):
     sharded: ClassVar[bool] = False
     needs_group: ClassVar[bool] = False  # whether even a single process needs a process group
     pieces: ClassVar[Pieces] = "whole"  # what its optimizer holds of each parameter
-    average: Average | None = None  # what becomes of the run in place of the weights that move
+    average: Average | None = None  # of the weights, which is scored and saved in their place
 
     def __init__(
         self, device: Device, processes: ProcessGroup, config: Mapping[str, Any] | None = None
@@ -144,10 +144,10 @@ class Engine(ABC):
         return norm if norm >= 0 else float("nan")
 
     def trained(self) -> dict[str, Tensor]:
-        """What becomes of the run, whole, by name, in rank 0; all processes call it.
+        """The weights that a run leaves, whole, by name, in rank 0; all processes call it.
 
-        It is what the optimizer moves, or its average where one is kept. Where weights are spread,
-        the other processes get nothing, and rank 0 has them in the host's memory.
+        They are those that the optimizer moves, or their average where one is kept. Where weights
+        are spread, the other processes get nothing, and rank 0 has them in the host's memory.
         """
         average = self.average
         if average is None:

@@ -118,7 +118,7 @@ class PreferenceObjective:
         return self._answers.logps(logps, weights > 0, numbers, self._step_tokens)
 
     def _statistics_of(self, members: Sequence[int], like: Tensor) -> tuple[Tensor | None, ...]:
-        """The step's statistics, of those with a row a pair the micro-batch's, padded like it."""
+        """The step's statistics; of one with a row for each pair, the micro-batch's rows."""
         if not self._statistics:
             return ()
         starts = np.concatenate([[0], np.cumsum(self._pairs.counts)])
