@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from .desk import Desk
@@ -26,6 +28,29 @@ def test_keys_and_values(desk: Desk, changes: dict[str, object], said: list[str]
     recipe = desk.recipe(**changes)
     message = desk.refused(["run", recipe], f"error: {recipe}", *said)
     assert message.count("\n") == 1
+
+
+_ANSWERS = {"answers": ["one", "two", "three"], "scores": [3, 1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("loss", "completions", "row"),
+    [
+        ("kto", None, {"completion": "a b", "label": True}),
+        ("kto", None, {"chosen": "a b", "rejected": "c"}),
+        ("kto", None, {"prompt_ids": [1, 3, 5], "chosen_ids": [4, 2], "rejected_ids": [6, 2]}),
+        ("sigmoid", "all_pairs", _ANSWERS),
+        ("info_nca", "ranked", _ANSWERS),
+    ],
+)
+def test_a_run_that_begins_with_sft_takes_all_kinds_of_preference_data(
+    desk: Desk, loss: str, completions: str | None, row: dict[str, object]
+) -> None:
+    """The data of the later stage is read before the first one begins."""
+    rows = [{**row, "prompt": f"Question {n}?"} for n in range(4)]
+    file = desk.text("".join(json.dumps(one) + "\n" for one in rows), "rows.jsonl")
+    source = {"path": file, **({"completions": completions} if completions else {})}
+    desk.accepted(["run", desk.recipe(dpo__data=[source], dpo__loss=loss)])
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def read_conversations(
 
     Raises `UserError` for rows without turns.
     """
-    for record in _read(sources, "conversations", ledger, on_bad_record):
+    for record in read_records(sources, "conversations", ledger, on_bad_record):
         if isinstance(record, Document):
             raise not_answers(record)
         if not isinstance(record, Conversation):
@@ -58,7 +58,7 @@ def read_pairs(
     sources: Sequence[DataSource], ledger: Ledger, on_bad_record: OnBadRecord = "stop"
 ) -> Iterator[Preference | TokenPair]:
     """Stream the usable preference pairs of some sources; the others go to the ledger."""
-    for record in _read(sources, "preference pairs", ledger, on_bad_record):
+    for record in read_records(sources, "preference pairs", ledger, on_bad_record):
         assert isinstance(record, Preference | TokenPair)
         yield record
 
@@ -102,9 +102,10 @@ def not_answers(record: Document) -> UserError:
     )
 
 
-def _read(
+def read_records(
     sources: Sequence[DataSource], kind: Kind, ledger: Ledger, on_bad_record: OnBadRecord
 ) -> Iterator[Record]:
+    """Stream the usable records of a kind from some sources; the others go to the ledger."""
     for chunk, known in formatted_chunks(sources, kind, ledger, on_bad_record):
         for record in records_of(chunk, known, on_bad_record):
             if isinstance(record, Entry):

@@ -14,6 +14,7 @@ from tandem.data.read_records import (
     holds_tokens,
     read_pairs,
     read_questions,
+    read_records,
 )
 from tandem.data.resolve_sources import check_format, held_out_of
 from tandem.data.sources.rows import count_sources, is_local, local_files
@@ -95,11 +96,11 @@ def _check_rows(asked: Recipe) -> None:
     """Read what comes after the first training stage; that one reads its own data at once."""
     if asked.sft is not None and asked.dpo is not None:
         dpo, ledger = asked.dpo, Ledger(None)
-        for _ in read_pairs(_local(dpo.data), ledger, dpo.on_bad_record):
+        for _ in read_records(_local(dpo.data), dpo.trains_on, ledger, dpo.on_bad_record):
             ledger.trained()
         ledger.check_share(dpo.max_dropped)
         held_out = held_out_of(dpo, _local(dpo.data), _local)
-        for _ in read_pairs(held_out, Ledger(None), dpo.on_bad_record):
+        for _ in read_records(held_out, dpo.trains_on, Ledger(None), dpo.on_bad_record):
             pass
     if asked.pairs is not None:
         from tandem.pairs.prompts import read_prompts
