@@ -139,6 +139,12 @@ def test_an_end_token_that_was_never_trained_is_a_warning_everywhere(desk: Desk)
         assert needle in said(desk.train(stage, max_steps=1, output_dir=desk.home / stage))
     named = desk.recipe(added_tokens=["</s>"])
     assert needle not in said(["plan", named])
+    # A head of which every row is trained can learn it.
+    full = desk.recipe(output_dir=str(desk.home / "full"), sft__full=True, dpo__full=True)
+    assert needle not in said(["check", "--recipe", full])
+    assert needle not in said(["plan", full])
+    assert needle not in said(["run", full])
+    assert "tandem chat" in (desk.home / "full" / "4-dpo" / "README.md").read_text()
 
 
 def test_padding_beyond_the_rows_is_refused(desk: Desk) -> None:

@@ -200,10 +200,16 @@ def options_of(kind: Kind, settings: TrainingSettings | None) -> EncodingOptions
 
 
 def stage_chat(
-    model: str, revision: str | None, chat_template: str | None, added_tokens: Sequence[str] = ()
+    model: str,
+    revision: str | None,
+    chat_template: str | None,
+    added_tokens: Sequence[str] = (),
+    *,
+    full: bool = False,
 ) -> StageChat:
     """Return a model's tokenizer with its template; weights are not fetched.
 
+    `full` says that all weights are trained, and with them rows that never were.
     The model is a folder, a Hub id or `demo:base`; a folder with only a tokenizer is enough. Raises
     UserError as a training stage would.
     """
@@ -227,8 +233,9 @@ def stage_chat(
         config = stated_config(folder) or read_config(folder)
         rows, context = described_rows(config, added), context_length(config)
         notices += row_notices(tokenizer, rows)
-        untrained = untrained_tokens(folder, config, tokenizer, template, added.ids)
-        notices += tuple(words for words in (in_words(untrained),) if words)
+        if not full:
+            untrained = untrained_tokens(folder, config, tokenizer, template, added.ids)
+            notices += tuple(words for words in (in_words(untrained),) if words)
     special = tuple(str(token) for token in tokenizer.all_special_tokens)
     chat = ChatTokenizer.of(tokenizer, template, rows)
     return StageChat(model, folder, template.name, chat, special, notices, context)

@@ -63,7 +63,9 @@ def chat_of(arguments: argparse.Namespace, recipe: Recipe | None) -> StageChat |
     if arguments.model is not None:
         return stage_chat(arguments.model, None, template, added)
     assert recipe is not None
-    return stage_chat(recipe.model, recipe.model_revision, template, added)
+    first = recipe.sft or recipe.dpo
+    full = first is not None and first.full
+    return stage_chat(recipe.model, recipe.model_revision, template, added, full=full)
 
 
 def data_of(

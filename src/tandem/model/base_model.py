@@ -66,7 +66,10 @@ class BaseModelInfo:
         return (*self.template.notices, *row_notices(self.tokenizer, self.rows))
 
     def warnings(self) -> tuple[str, ...]:
-        """A line on the template's tokens whose rows were never trained; reads these weights."""
+        """A line on the template's tokens whose rows were never trained; reads these weights.
+
+        It is for adapters: where all weights are trained, these rows are, too.
+        """
         from tandem.model.untrained_rows import in_words, untrained_tokens
 
         words = in_words(

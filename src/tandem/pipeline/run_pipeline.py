@@ -62,7 +62,7 @@ def run_pipeline(
             run = partial(_run_stage, recipe, stage, console)
             # All processes train; rank 0 does the rest while the others wait.
             result = run() if stage.name in TRAINING_STAGES else processes.rank0_alone(run)
-            processes.on_rank0(partial(_record, recipe, planned, new=not finished_before))
+            processes.on_rank0(partial(_record, recipe, planned, stage, new=not finished_before))
     return result if isinstance(result, dict) else None
 
 
@@ -75,8 +75,10 @@ def _joined(recipe: Recipe) -> ProcessGroup:
     return join(launch, backend, timedelta(minutes=recipe.timeout_minutes))
 
 
-def _record(recipe: Recipe, planned: list[PipelineStage], *, new: bool) -> None:
-    """Write the run's manifest and recipe after a stage."""
+def _record(
+    recipe: Recipe, planned: list[PipelineStage], stage: PipelineStage, *, new: bool
+) -> None:
+    """Write the run's manifest and recipe after a stage, and the last model's card."""
     from tandem.recipe.load_recipe import recipe_to_yaml
 
     root = Path(recipe.output_dir)
@@ -86,6 +88,12 @@ def _record(recipe: Recipe, planned: list[PipelineStage], *, new: bool) -> None:
     _write_chain(planned, root, text)
     if text is not None:
         atomic_write_text(root / "recipe.yaml", text)
+    last = result_of(recipe, "dpo")
+    final = stage_folder(root, last)
+    if stage.name in (last, "evaluate") and (final / "config.json").exists():
+        from tandem.report.model_card import write_card
+
+        write_card(root, final)
 
 
 def _select(planned: list[PipelineStage], *, until: str | None, start: str | None) -> set[str]:
@@ -140,23 +148,16 @@ def _run_stage(recipe: Recipe, stage: PipelineStage, console: Console) -> Any:
         from tandem.pairs.make_pairs import make_pairs
 
         return make_pairs(jobs.pairs_job(recipe), console)
-    from tandem.report.model_card import write_card
-
-    result = None
     if stage.name == "evaluate":
         from tandem.evaluate.evaluate_models import evaluate_models
 
-        result = evaluate_models(jobs.evaluation_job(recipe), console)
-    else:
-        merge = jobs.merge_job(recipe, stage.name)
-        if not merge_is_finished(merge, console):
-            from tandem.stages.merge import run_merge
+        return evaluate_models(jobs.evaluation_job(recipe), console)
+    merge = jobs.merge_job(recipe, stage.name)
+    if not merge_is_finished(merge, console):
+        from tandem.stages.merge import run_merge
 
-            run_merge(merge, console)
-    final = stage_folder(recipe.output_dir, result_of(recipe, "dpo"))
-    if stage.name != "sft-merge" and (final / "config.json").exists():
-        write_card(Path(recipe.output_dir), final)
-    return result
+        run_merge(merge, console)
+    return None
 
 
 def run_training(stage: TrainingStageName, job: TrainingJob, console: Console) -> Path:

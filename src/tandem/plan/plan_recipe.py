@@ -239,7 +239,7 @@ class _Planner:
             tokens, sharded = {*added.new, *added.known}, "weights" in SHARDS[engine]
             check_added(tokens, engine=engine, sharded=sharded)
             check_start(self.recipe, settings, base, weights=False)
-            notes = [*base.warnings(), *notes]
+            notes = [*(() if settings.full else base.warnings()), *notes]
         model = described(
             config, None if settings.full else settings.lora,
             attention=recipe.attention, added=added, trains_added=trains_added,

@@ -94,7 +94,8 @@ def train_stage(
             context.log(notice)
         base, recorded = processes.on_rank0(lambda: _dated(context.base, opened.schedule))
         context = replace(context, base=base)
-        context = context.warned(*processes.on_rank0(base.warnings))
+        if not job.settings.full:
+            context = context.warned(*processes.on_rank0(base.warnings))
         _run(context, recorded, inputs, callbacks)
     return folder
 
