@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "check": ("tandem.cli.check", "check", "what is in a data set, before anything is trained"),
     "show": ("tandem.cli.show", "show", "one record as tokens: what is trained, and what is not"),
     "rehearse": ("tandem.cli.rehearse", "rehearse", "the whole run in minutes, on a stand-in"),
+    "recipes": ("tandem.cli.recipes", "recipes", "the recipes that ship; copy one to change it"),
     "plan": ("tandem.cli.plan", "plan", "what a recipe would do and take, before it starts"),
     "eval": ("tandem.cli.evaluate", "evaluate", "measure models on tasks and on data of your own"),
     "chat": ("tandem.cli.chat", "chat", "talk to a model, or to several side by side"),

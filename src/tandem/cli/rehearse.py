@@ -38,23 +38,18 @@ def rehearse(argv: list[str]) -> int:
 
 def _show(found: Rehearsal, console: Console) -> None:
     """Print the findings as a table, and what they leave open."""
-    from rich.table import Table
     from rich.text import Text
 
     from tandem.wording import duration
 
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_column(justify="right", no_wrap=True)
     for one in found.findings:
-        mark = Text("✓", style="green") if one.passed else Text("✗", style="bold red")
-        text = Text(one.text, style="" if one.passed else "red")
-        table.add_row(mark, Text(one.stage), text, Text(duration(one.seconds)))
+        line = Text("✓ " if one.passed else "✗ ", style="green" if one.passed else "bold red")
+        line.append(f"{one.stage:<13} ", style="bold")
+        line.append(f"{duration(one.seconds):>7}  ", style="dim")
+        line.append(one.text, style="default" if one.passed else "red")
+        console.print(line, soft_wrap=True)
     for name in found.skipped:
-        table.add_row(Text("–"), Text(name), Text("not reached"), Text(""))
-    console.print(table)
+        console.print(f"– {name:<13} not reached", markup=False)
     _list(console, "worth knowing", found.notes)
     changes = [f"{c.key}: {c.recipe} -> {c.rehearsed} ({c.why})" for c in found.changes]
     _list(console, "other than in the recipe", changes)

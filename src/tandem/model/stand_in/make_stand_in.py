@@ -32,8 +32,7 @@ class StandIn:
     layers: tuple[int, int]  # of the stand-in, and of the model that it stands for
     width: tuple[int, int]  # the same
     rows: int  # of its vocabulary
-    parameters: int
-    dtype: str  # of its weights, as the other one's configuration says
+    parameters: int  # all in float32
 
 
 def make_stand_in(source: Path, folder: Path, *, labels: int | None = None) -> StandIn:
@@ -51,8 +50,8 @@ def make_stand_in(source: Path, folder: Path, *, labels: int | None = None) -> S
     model = _random(small, source, labels)
     transformers_logging.disable_progress_bar()  # tandem draws its own
     folder.mkdir(parents=True)
-    dtype = getattr(config, "dtype", None) or torch.float32
-    model.to(dtype).save_pretrained(folder)
+    # What rounding to narrow numbers would take of random weights says nothing about real ones.
+    model.save_pretrained(folder)
     for file in source.iterdir():
         own = file.name in _NOT_COPIED or file.name.endswith(_INDEX)
         if file.is_file() and file.suffix in _COPIED and not own:
@@ -63,7 +62,6 @@ def make_stand_in(source: Path, folder: Path, *, labels: int | None = None) -> S
         (int(after.num_hidden_layers), int(before.num_hidden_layers)),
         (int(after.hidden_size), int(before.hidden_size)),
         int(after.vocab_size), sum(p.numel() for p in model.parameters()),
-        str(dtype).removeprefix("torch."),
     )  # fmt: skip
 
 

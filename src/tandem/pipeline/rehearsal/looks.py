@@ -23,12 +23,12 @@ from tandem.model.model_folder import check_fetchable, has_tokenizer, model_fold
 from tandem.model.stand_in.make_stand_in import StandIn, make_stand_in
 from tandem.pipeline.rehearsal.findings import Notebook
 from tandem.pipeline.rehearsal.sample_data import Sample, Sampler
-from tandem.pipeline.rehearsal.shortened import PROMPTS, Inputs
+from tandem.pipeline.rehearsal.shortened import BATCH, OF_THE_GPU, PROMPTS, Inputs
 from tandem.recipe.choices import SHARDS
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
 from tandem.recipe.recipe import Recipe
-from tandem.recipe.training_settings import TrainingSettings
+from tandem.recipe.training_settings import LoraSettings, TrainingSettings
 from tandem.storage.hashing import weight_files
 
 # Rows of instructions from which prompts are selected: filters leave some out.
@@ -48,9 +48,11 @@ class Looks:
     scratch: Path
     sampler: Sampler
     notebook: Notebook
+    steps: int  # of a training stage
     with_servers: bool
     models: dict[str, Path] = field(default_factory=dict)  # stand-ins by the recipe's keys
     data: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # samples, the same
+    adapters: list[LoraSettings] = field(default_factory=list)  # that fit the base
 
     def all(self) -> None:
         """Take every look; what fails is in the notebook."""
@@ -58,16 +60,17 @@ class Looks:
         with self.notebook.trying("model") as seen:
             base = self._base()
             seen += self._stand_in("model", base)
-        for name, section in trained(self.recipe).items():
-            with self.notebook.trying(name, "settings"):
-                self._check_settings(name, section, base)
-        chat: ChatTokenizer | None = None
+        info: BaseModelInfo | None = None
         if base is not None:
             with self.notebook.trying("template") as seen:
-                chat = self._template(base, seen)
+                info = load_base_info(self.recipe, base, 1, weights=False)
+                seen.append(self._template(info))
+        for name, section in trained(self.recipe).items():
+            with self.notebook.trying(name, "settings"):
+                self._check_settings(name, section, base, info)
         for name, section in trained(self.recipe).items():
             with self.notebook.trying(f"{name} data") as seen:
-                self._training_data(name, section, chat, seen)
+                self._training_data(name, section, info, seen)
         if self.recipe.pairs is not None:
             with self.notebook.trying("pairs data") as seen:
                 self._pairs(self.recipe.pairs, seen)
@@ -97,38 +100,34 @@ class Looks:
         self.models[key] = folder
         return [_in_words(made)]
 
-    def _check_settings(self, name: str, section: TrainingSettings, base: Path | None) -> None:
+    def _check_settings(
+        self, name: str, section: TrainingSettings, base: Path | None, info: BaseModelInfo | None
+    ) -> None:
         """Raise UserError for an adapter, a length or an optimizer that the run could not use."""
         from tandem.integrations.choose import pieces_of
+        from tandem.model.added_tokens import check_added
+        from tandem.stages.training.adapter_checks import check_adapter, check_start
         from tandem.train.optimizers import check_optimizer
 
         engine = self.recipe.engine
-        check_optimizer(section.optimizer, pieces_of(engine), engine)
-        if base is None:
+        if section.optimizer not in OF_THE_GPU:
+            check_optimizer(section.optimizer, pieces_of(engine), engine)
+        if base is not None:
+            check_base(base, {name: section}, weights=_has_weights(base))
+        if info is None:
             return
-        check_base(base, {name: section}, weights=_has_weights(base))
-        self._info(section, base)
-
-    def _info(self, section: TrainingSettings, base: Path) -> BaseModelInfo:
-        """The base as a training stage sees it, its adapter checked."""
-        from tandem.model.added_tokens import check_added
-        from tandem.stages.training.adapter_checks import check_adapter, check_start
-
-        recipe = self.recipe
-        info = load_base_info(recipe, base, section.max_length, weights=False)
-        engine = recipe.engine
         sharded = "weights" in SHARDS.get(engine, ())  # one that nobody chose shards nothing
         check_added({*info.added.new, *info.added.known}, engine=engine, sharded=sharded)
-        check_start(recipe, section, info, weights=False)
-        if not section.full:
+        check_start(self.recipe, section, info, weights=False)
+        # To describe an adapter of a deep model takes a second; both stages often have the same.
+        if not section.full and section.lora not in self.adapters:
             check_adapter(section, info)
-        return info
+            self.adapters.append(section.lora)
 
-    def _template(self, base: Path, seen: list[str]) -> ChatTokenizer:
-        """The tokenizer with its template: how it ends an answer."""
+    def _template(self, info: BaseModelInfo) -> str:
+        """Tokenizer and template in words: how it ends an answer."""
         from tandem.data.tokenize.chat_template import find_ending
 
-        info = load_base_info(self.recipe, base, 1, weights=False)
         ending = find_ending(info.tokenizer, info.template)
         text = f"{info.template.name}, {len(info.tokenizer):,} tokens"
         if ending is not None:
@@ -140,20 +139,19 @@ class Looks:
                     f"{eos}: merged models say so in their files, and a server that ignores these "
                     "would not stop"
                 )
-        seen.append(text)
         self.notebook.note(*info.notices())
         adapters = any(not section.full for section in trained(self.recipe).values())
-        if _has_weights(base) and adapters:
+        if _has_weights(info.folder) and adapters:
             self.notebook.note(*info.warnings())
         elif adapters:
             self.notebook.not_shown.append(
                 "whether the template's tokens were ever trained (the run says so when it has the "
                 "weights)"
             )
-        return info.chat
+        return text
 
     def _training_data(
-        self, name: str, section: TrainingSettings, chat: ChatTokenizer | None, seen: list[str]
+        self, name: str, section: TrainingSettings, info: BaseModelInfo | None, seen: list[str]
     ) -> None:
         """Read and encode a sample of a training stage's data, with its limits."""
         from tandem.stages.training.training_data import StageReader
@@ -162,10 +160,10 @@ class Looks:
             return
         take = partial(self.sampler.sample, on_bad_record=section.on_bad_record)
         samples = take(section.data, name)
-        self._keep(f"{name}.data", samples)
         held_out = self._held_out(name, section)
-        if chat is None:
+        if info is None:
             return
+        chat = info.chat
         loose = section.model_copy(update={"max_dropped": 1.0, "validation": None})
         reader = StageReader(name, section.trains_on, loose, chat, None, self.notebook.console)
         sources = [sample.source for sample in samples]
@@ -174,6 +172,9 @@ class Looks:
         seen.append(f"{_listed(samples)}: {counts['trained']} trained, {counts['truncated']} cut, "
                     f"{counts['dropped']} dropped")  # fmt: skip
         _check_dropped(read.ledger, section.max_dropped)
+        usable = [read.dataset[number].origin for number in range(len(read.dataset))]
+        each = -(-BATCH * self.steps // len(samples))
+        self._keep(f"{name}.data", self.sampler.fewer(samples, f"{name}-run", usable, each))
         if getattr(section, "loss_on", "answers") == "answers":
             seen += _ends(name, read.dataset, chat)
         if held_out:
@@ -188,7 +189,8 @@ class Looks:
         samples = self.sampler.sample(
             whole, f"{name}-validation", on_bad_record=section.on_bad_record
         )
-        self._keep(f"{name}.validation.data", samples)
+        few = self.sampler.fewer(samples, f"{name}-validation-run", (), BATCH)
+        self._keep(f"{name}.validation.data", few)
         return samples
 
     def _pairs(self, pairs: PairsSettings, seen: list[str]) -> None:
@@ -220,8 +222,18 @@ class Looks:
             source = model_folder(pairs.rank.reward_model, weights=False)
             seen += self._stand_in("pairs.rank.reward_model", source, labels=1)
         elif pairs.rank is not None and not self.with_servers and "model" in self.models:
-            key = "pairs.rank.reward_model"
-            seen += self._stand_in(key, self.models["model"], labels=1)
+            self._judge()
+
+    def _judge(self) -> None:
+        """Make a random classifier that ranks in place of a judge that is not asked."""
+        from tandem.data.tokenize.chat_template import resolve_template
+        from tandem.model.companion_files import write_templates
+        from tandem.model.model_folder import load_tokenizer
+
+        key = "pairs.rank.reward_model"
+        self._stand_in(key, self.models["model"], labels=1)
+        tokenizer = load_tokenizer(self.models[key])
+        write_templates(self.models[key], resolve_template(tokenizer, None).saved)
 
     def _evaluation(self, seen: list[str]) -> None:
         """Sample what models are asked and scored on."""
@@ -232,7 +244,8 @@ class Looks:
             if not sources:
                 continue
             samples = self.sampler.sample(sources, f"evaluate-{key}")
-            self._keep(f"evaluate.{key}", samples)
+            few = self.sampler.fewer(samples, f"evaluate-{key}-run", (), PROMPTS)
+            self._keep(f"evaluate.{key}", few)
             named = [sample.source for sample in samples]
             if key == "questions":
                 count = len(read_questions(named))
@@ -302,7 +315,7 @@ def _in_words(made: StandIn) -> str:
     (few, layers), (narrow, width) = made.layers, made.width
     return (
         f"{made.architecture}, {few} of {layers} layers, {narrow} of {width} wide, "
-        f"{made.rows:,} rows, {made.parameters / 1e6:.1f}M random parameters in {made.dtype}"
+        f"{made.rows:,} rows, {made.parameters / 1e6:.1f}M random parameters"
     )
 
 

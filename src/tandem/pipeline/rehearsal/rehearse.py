@@ -57,7 +57,7 @@ def rehearse(recipe: Recipe, scope: Scope, console: Console) -> Rehearsal:
         return text
 
     notebook = Notebook(console, translated)
-    looks = Looks(recipe, folder, sampler, notebook, scope.with_servers)
+    looks = Looks(recipe, folder, sampler, notebook, scope.steps, scope.with_servers)
     looks.all()
     names |= {str(path): _named(recipe, key) for key, path in looks.models.items()}
     run = folder / "run"

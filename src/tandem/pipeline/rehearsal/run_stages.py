@@ -88,7 +88,7 @@ def _of_training(recipe: Recipe, stage: PipelineStage) -> list[str]:
     if isinstance(settings, DpoSettings) and settings.needs_reference:
         seen.insert(0, "before the first step the policy equals the reference")
     if "validation" in summary:
-        seen.append(f"held-out loss {number(summary['validation']['last']['loss'])}")
+        seen.append(f"held-out loss {number(summary['validation']['last']['eval_loss'])}")
     return seen
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from tandem.data.read_records import bad_line
-from tandem.data.records import Unreadable
+from tandem.data.records import Origin, Unreadable
 from tandem.data.resolve_sources import resolve_sources
 from tandem.data.sources.chunks import BadLine, Chunk, Row
 from tandem.data.sources.rows import looks_like_path, read_chunks
@@ -78,6 +78,37 @@ class Sampler:
         # Longer names first: one may be the beginning of another.
         names = "|".join(map(re.escape, sorted(self.origins, key=len, reverse=True)))
         return re.sub(f"({names})(?:, row (\\d+))?", place, text) if names else text
+
+    def fewer(
+        self, samples: Sequence[Sample], name: str, usable: Iterable[Origin], count: int
+    ) -> list[Sample]:
+        """Of each sample some of its `usable` records, among the shorter half, in other files.
+
+        Of a sample of which none is usable any record will do.
+        """
+        rows: dict[str, list[int]] = {}
+        for origin in usable:
+            rows.setdefault(origin.file, []).append(origin.row)
+        return [
+            self._part(sample, self.folder / name / str(number), rows, count)
+            for number, sample in enumerate(samples)
+        ]
+
+    def _part(
+        self, sample: Sample, folder: Path, rows: Mapping[str, list[int]], count: int
+    ) -> Sample:
+        whole = Path(sample.source.path)
+        lines = whole.read_text(encoding="utf-8").split("\n")
+        usable = set(rows.get(str(whole), range(1, sample.taken + 1)))
+        by_length = sorted(usable, key=lambda place: (len(lines[place - 1]), place))
+        places = spread(sorted(by_length[: -(-len(by_length) // 2)]), count)
+        folder.mkdir(parents=True)
+        path = folder / whole.name
+        path.write_text("".join(f"{lines[place - 1]}\n" for place in places), encoding="utf-8")
+        origins = self.origins[str(whole)]
+        self.origins[str(path)] = [origins[0], *(origins[place] for place in places)]
+        source = sample.source.model_copy(update={"path": str(path)})
+        return Sample(source, sample.of, len(places), sample.rows)
 
     def _rows_of(
         self, source: DataSource, folder: Path, count: int

@@ -12,12 +12,14 @@ from typing import Any
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import TrainingSettings
 
-BATCH = 4
-PROMPTS = 8  # that are asked for answers
+BATCH = 2  # with large vocabularies each answer costs a second
+PROMPTS = 6  # that are asked for answers
+OF_THE_GPU = frozenset({"adamw_8bit"})  # optimizers that a CPU may not have
 ANSWER = 16  # tokens of a generated answer
-_ITEMS = 4  # of each part of an evaluation
+_ITEMS = 2  # of each part of an evaluation
 _LONGEST_WAIT = 60.0  # for a server, in seconds
 _HELD_OUT = 0.2
+_LEAST_RATE = 1e-3  # of an adapter
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def _machine(short: Shortening) -> None:
         short.not_shown.append("compile: true")
         short.put("compile", False, "it takes longer than all that is rehearsed")
     short.put("hpu", {}, "", listed=False)
+    if values["merge"]["dtype"] != "auto":
+        short.put("merge.dtype", "auto", "rounding is seen with the real weights")
 
 
 def _training(short: Shortening, name: str, settings: TrainingSettings, steps: int) -> None:
@@ -121,14 +125,21 @@ def _training(short: Shortening, name: str, settings: TrainingSettings, steps: i
     short.put(f"{name}.logging_steps", 1, few, listed=False)
     short.put(f"{name}.save_steps", steps, few, listed=False)
     short.put(f"{name}.max_dropped", 1.0, "judged on the sample as a whole", listed=False)
+    if settings.optimizer in OF_THE_GPU:
+        short.not_shown.append(f"{name}.optimizer: {settings.optimizer}")
+        short.put(f"{name}.optimizer", "adamw", "its kernels are a GPU's")
     if settings.validation is not None:
         short.put(f"{name}.validation.steps", steps, few, listed=False)
         fraction = settings.validation.fraction
-        if fraction is not None:
+        if fraction is None:
+            short.put(f"{name}.validation.split", None, few, listed=False)
+        else:
             least = max(_HELD_OUT, fraction)
             short.put(f"{name}.validation.fraction", least, "of few records, a part must be left")
     if settings.full:
         return
+    moves = "a few steps must move a random model enough for the merge to be checked"
+    short.put(f"{name}.learning_rate", max(_LEAST_RATE, settings.learning_rate), moves)
     if settings.lora.start is not None:
         short.not_shown.append(f"{name}.lora.from: the adapter fits the real model alone")
         short.put(f"{name}.lora.from", None, "the adapter fits the real model alone")
