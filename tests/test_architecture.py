@@ -204,7 +204,7 @@ MODEL_ORDER = (
     {"merge_sums"},
     {"merge_weights"},
     {"layer_walk"},
-    {"verify_merge"},
+    {"verify_merge", "stand_in"},
 )
 
 

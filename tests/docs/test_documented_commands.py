@@ -16,6 +16,7 @@ import tandem.chat.session
 import tandem.evaluate.evaluate_models
 import tandem.model.base_model
 import tandem.pairs.make_pairs
+import tandem.pipeline.rehearsal.rehearse
 import tandem.pipeline.run_pipeline
 import tandem.plan.rate
 import tandem.report.html
@@ -26,6 +27,7 @@ import tandem.stages.finished
 import tandem.stages.merge
 import tandem.stages.sft
 from tandem.cli.main import main
+from tandem.pipeline.rehearsal.findings import Rehearsal
 from tandem.storage.atomic_files import read_json, read_jsonl
 
 from ..check.made_data import conversation, write
@@ -62,6 +64,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.report.html, "write_report", Path("report.html")),
         (tandem.report.run_facts, "warnings_of_run", []),
         (tandem.runtime.local_launcher, "run_processes", 0),
+        (tandem.pipeline.rehearsal.rehearse, "rehearse", Rehearsal((), (), (), (), (), 0.0, None)),
     ):
 
         def stage(*_: Any, _name: str = name, _result: Any = result, **__: Any) -> Any:
@@ -136,7 +139,7 @@ def test_a_shown_command_is_understood(
     if words[1] in ("check", "show"):
         assert not stages
         return
-    works = "--dry-run" not in words and words[1] not in ("cache", "plan")
+    works = "--dry-run" not in words and words[1] not in ("cache", "plan", "recipes")
     # A run has a page and findings besides.
     assert len(stages) == works + 2 * (words[1] == "run" and works)
 

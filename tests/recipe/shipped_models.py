@@ -1,4 +1,4 @@
-"""The sizes of the models that shipped recipes name, as their configurations on the Hub say them."""
+"""The sizes of the models of shipped recipes, as their configurations on the Hub say them."""
 
 from __future__ import annotations
 

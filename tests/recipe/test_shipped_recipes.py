@@ -117,7 +117,9 @@ def test_a_recipe_says_data_command_hardware_and_the_memory_that_plan_finds(name
     eight = name.endswith("-8gpu")
     card = 40e9 if eight else 24e9
     memory = planned(recipe, card=card, processes=8 if eight else 1)
-    words = ", ".join(f"{each.peak / 1e9:.1f} GB in {stage.upper()}" for stage, each in memory.items())
+    words = ", ".join(
+        f"{each.peak / 1e9:.1f} GB in {stage.upper()}" for stage, each in memory.items()
+    )
     assert head["memory"].startswith(words), f"planned: {words}"
     assert "not measured" in head["memory"]
     # Room for the allocator's fragments and the context of CUDA.
@@ -226,7 +228,11 @@ def test_a_shipped_recipe_is_rehearsed(
     stages = [stage.name for stage in stages_of(recipe)]
     assert [one.stage for one in found.findings if one.stage in stages] == stages
     assert found.findings[-1].stage == "report"
-    ends = [one.text for one in found.findings if one.stage.endswith(" data") and "is trained" in one.text]
+    ends = [
+        one.text
+        for one in found.findings
+        if one.stage.endswith(" data") and "is trained" in one.text
+    ]
     assert len(ends) == len([section for section in (recipe.sft, recipe.dpo) if section])
     assert all("is trained in 8 of 8" in text for text in ends)
     assert found.seconds < 300

@@ -6,12 +6,10 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pytest import CaptureFixture, MonkeyPatch
 
 from tandem.cli.main import main
 
@@ -33,8 +31,11 @@ def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def desk(
-    tmp_path: Path, _model: Path, capsys: CaptureFixture[str], monkeypatch: MonkeyPatch
-) -> Iterator[Desk]:
+    tmp_path: Path,
+    _model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Desk:
     """A sound model, conversations and pairs; temporary folders are made in `tmp_path / "tmp"`."""
     home = tmp_path / "home"
     shutil.copytree(_model, home / "model")
@@ -44,7 +45,7 @@ def desk(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(home)
-    yield Desk(home, capsys)
+    return Desk(home, capsys)
 
 
 def rehearsed(desk: Desk, recipe: str, *flags: str, code: int) -> str:
@@ -69,7 +70,7 @@ def test_a_sound_recipe_is_shown_stage_by_stage_and_nothing_of_the_run_is_writte
     questions.write_text(
         "".join(json.dumps({"question": f"say {w}", "answer": w}) + "\n" for w in WORDS)
     )
-    before = {path for path in desk.home.rglob("*")}
+    before = set(desk.home.rglob("*"))
     recipe = desk.recipe(
         dtype="bfloat16", sft__warmup_steps=50, sft__validation={"fraction": 0.1},
         pairs={"prompts": str(questions), "samples": 2, "temperature": 0.9,
@@ -98,7 +99,7 @@ def test_a_sound_recipe_is_shown_stage_by_stage_and_nothing_of_the_run_is_writte
         "nothing failed in",
     ):
         assert shown in said, said
-    assert {path for path in desk.home.rglob("*")} - before == {Path(recipe)}
+    assert set(desk.home.rglob("*")) - before == {Path(recipe)}
     assert left(desk) == []
 
 
@@ -181,4 +182,3 @@ def test_a_server_that_is_not_there_is_found_or_left_out(desk: Desk) -> None:
     said = rehearsed(desk, recipe, "--without-servers", "--steps", "1", code=0)
     assert "pairs.rank.judge: the server was not asked" in said
     assert "stopped after step" not in said  # one step has no half
-

@@ -25,8 +25,8 @@ _INTRODUCTION = """\
 <!-- Made by `python -m tandem.recipe.docs_page > docs/guide/recipes.md`; do not edit. -->
 
 A recipe is a YAML file that says a whole run. `tandem run RECIPE` takes a file or the name of a
-[recipe that ships](#recipes-that-ship). A run's resolved recipe is in its folder as `recipe.yaml`, and
-`tandem run RECIPE --dry-run` prints it.
+[recipe that ships](#recipes-that-ship). A run's resolved recipe is in its folder as `recipe.yaml`,
+and `tandem run RECIPE --dry-run` prints it.
 
 Any key can be set on the command line, with dots between the levels and values as in YAML; null
 unsets, and leaves a section out:
@@ -47,11 +47,11 @@ hours and minutes (`010`, `1:30`) are refused; a text that looks like a number o
 
 {shipped}
 
-`tandem recipes` lists them, and `tandem recipes copy NAME` writes one to a file of your own. The head of
-each file says data, command, hardware, memory, where its values come from, and what to expect. Memory is
-[planned](../internals/plan.md) for the longest records that the recipe allows. Nobody has measured it on
-such cards, and there are no figures of quality. [`tandem rehearse`](rehearsal.md) runs each of them in
-minutes on a CPU; the tests do so.
+`tandem recipes` lists them, and `tandem recipes copy NAME` writes one to a file of your own. The
+head of each file says data, command, hardware, memory, where its values come from, and what to
+expect. Memory is [planned](../internals/plan.md) for the longest records that the recipe allows.
+Nobody has measured it on such cards, and there are no figures of quality.
+[`tandem rehearse`](rehearsal.md) runs each of them in minutes on a CPU, and the tests do so.
 """
 
 

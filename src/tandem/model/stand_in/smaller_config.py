@@ -1,7 +1,8 @@
 """A configuration of the same architecture with few and narrow layers.
 
-What makes a family itself stays: which layers repeat, how many query heads share a key head, whether
-heads are as wide together as the model, which share of a head is rotated, tied embeddings, experts.
+What makes a family itself stays: which layers repeat, how many query heads share a key head,
+whether heads are as wide together as the model, which share of a head is rotated, tied embeddings,
+experts.
 Vocabulary and context length stay as well, because tokenizer and limits belong to them.
 """
 
@@ -169,9 +170,7 @@ def _width(values: Mapping[str, Any], sizes: _Sizes) -> dict[str, Any]:
             changed[key] = heads
         elif key == "num_key_value_heads" and value:
             changed[key] = keys
-        elif key == "head_dim" and value:
-            changed[key] = _HEAD
-        elif key == "query_pre_attn_scalar" and value == sizes.head:
+        elif key in ("head_dim", "query_pre_attn_scalar") and value == sizes.head:
             changed[key] = _HEAD
         elif key == "word_embed_proj_dim" and value != sizes.width:
             changed[key] = sizes.narrow // 2

@@ -63,7 +63,7 @@ def rehearse(recipe: Recipe, scope: Scope, console: Console) -> Rehearsal:
     run = folder / "run"
     names[str(run)] = recipe.output_dir
     short = Shortening({})
-    skipped = [stage.name for stage in stages_of(recipe)]
+    skipped: list[str] = [stage.name for stage in stages_of(recipe)]
     if not notebook.failed:
         made, short = shortened(recipe, looks.inputs(run), scope.steps)
         skipped = run_stages(made, notebook, console)

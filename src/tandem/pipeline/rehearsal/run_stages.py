@@ -13,6 +13,7 @@ from tandem.pipeline.default_callbacks import default_callbacks
 from tandem.pipeline.rehearsal.findings import Notebook
 from tandem.pipeline.rehearsal.looks import trained
 from tandem.pipeline.run_pipeline import run_pipeline
+from tandem.recipe.choices import TRAINING_STAGES
 from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.recipe import PipelineStage, Recipe, stages_of
 from tandem.storage.atomic_files import read_json, read_jsonl
@@ -55,7 +56,7 @@ def _run(recipe: Recipe, stage: PipelineStage, console: Console) -> list[str]:
         _stop(recipe, stage, half, console)
         seen.append(f"stopped after step {half} and resumed")
     found = run_pipeline(recipe, until=stage.name, start=stage.name, console=console)
-    if stage.name in ("sft", "dpo"):
+    if stage.name in TRAINING_STAGES:
         return [*_of_training(recipe, stage), *seen]
     if stage.name == "evaluate":
         return _of_evaluation(found or {})

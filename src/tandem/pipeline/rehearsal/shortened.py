@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tandem.recipe.choices import TRAINING_STAGES
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import TrainingSettings
 
@@ -79,7 +80,7 @@ def shortened(recipe: Recipe, inputs: Inputs, steps: int) -> tuple[Recipe, Short
     for key, sources in inputs.data.items():
         short.put(key, sources, "", listed=False)
     _machine(short)
-    for name in ("sft", "dpo"):
+    for name in TRAINING_STAGES:
         if short.section(name) is not None:
             _training(short, name, getattr(recipe, name), steps)
     if short.section("pairs") is not None:
@@ -109,7 +110,6 @@ def _machine(short: Shortening) -> None:
     if values["compile"]:
         short.not_shown.append("compile: true")
         short.put("compile", False, "it takes longer than all that is rehearsed")
-    short.put("hpu", {}, "", listed=False)
     if values["merge"]["dtype"] != "auto":
         short.put("merge.dtype", "auto", "rounding is seen with the real weights")
 
