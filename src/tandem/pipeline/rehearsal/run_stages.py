@@ -96,7 +96,7 @@ def _of_training(recipe: Recipe, stage: PipelineStage) -> list[str]:
 def _of_merge(summary: dict[str, Any]) -> str:
     text = f"{summary['merged_weights']} weights merged, compared {summary['checked']}"
     if summary["logp_difference"] is not None:
-        text += f": log-probs of base and adapter differ by {number(summary['logp_difference'])}"
+        text += f": log-probs within {number(summary['logp_difference'])} of base + adapter"
     return text
 
 

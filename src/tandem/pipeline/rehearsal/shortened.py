@@ -110,7 +110,7 @@ def _machine(short: Shortening) -> None:
     if values["compile"]:
         short.not_shown.append("compile: true")
         short.put("compile", False, "it takes longer than all that is rehearsed")
-    if values["merge"]["dtype"] != "auto":
+    if values["merge"]["dtype"] not in ("auto", "float32"):
         short.put("merge.dtype", "auto", "rounding is seen with the real weights")
 
 
