@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -27,6 +28,9 @@ from tandem.storage.manifest import NAME as MANIFEST
 from tandem.storage.manifest import check_outputs, read_manifest, versions
 from tandem.storage.run_folder import STAGES, stage_folder
 
+if TYPE_CHECKING:
+    from tandem.train.callbacks.callback import Callback
+
 # What a run writes beside its stages' folders.
 _ROOT_FILES = (MANIFEST, "recipe.yaml", "report.html")
 
@@ -42,7 +46,7 @@ def run_pipeline(
     Returns what the evaluation found, in rank 0. Raises UserError for stages that the recipe lacks,
     and what the stages raise.
     """
-    processes = _joined(recipe)
+    processes = joined(recipe)
     if not processes.is_rank0:
         console = Console(quiet=True)
     planned = stages_of(recipe)
@@ -66,7 +70,7 @@ def run_pipeline(
     return result if isinstance(result, dict) else None
 
 
-def _joined(recipe: Recipe) -> ProcessGroup:
+def joined(recipe: Recipe) -> ProcessGroup:
     """Connect the processes that a launcher started."""
     launch = launched()
     if launch.count == 1:
@@ -160,8 +164,16 @@ def _run_stage(recipe: Recipe, stage: PipelineStage, console: Console) -> Any:
     return None
 
 
-def run_training(stage: TrainingStageName, job: TrainingJob, console: Console) -> Path:
-    """Run SFT or DPO unless it is finished; torch is imported only if there is something to do."""
+def run_training(
+    stage: TrainingStageName,
+    job: TrainingJob,
+    console: Console,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
+    """Run SFT or DPO unless it is finished; torch is imported only if there is something to do.
+
+    The callbacks are called after the usual ones.
+    """
     if training_is_finished(stage, job, console):
         return job.folder
     from tandem.pipeline.default_callbacks import default_callbacks
@@ -169,10 +181,10 @@ def run_training(stage: TrainingStageName, job: TrainingJob, console: Console) -
     if stage == "sft":
         from tandem.stages.sft import run_sft
 
-        return run_sft(job, console, default_callbacks())
+        return run_sft(job, console, [*default_callbacks(), *callbacks])
     from tandem.stages.dpo import run_dpo
 
-    return run_dpo(job, console, default_callbacks())
+    return run_dpo(job, console, [*default_callbacks(), *callbacks])
 
 
 def _write_chain(planned: list[PipelineStage], root: Path, recipe: str | None) -> None:

@@ -106,7 +106,7 @@ def training_inputs(
             "hash": hash_bytes(template.source.encode()),
             **({"named": hash_json(template.named)} if template.named else {}),
         },
-        "settings": _that_count(job.settings),
+        "settings": settings_that_count(job.settings),
         "seed": run.seed,
         "dtype": dtype,
     }
@@ -123,7 +123,7 @@ def _started(settings: TrainingSettings) -> dict[str, Any]:
     return {"adapter": {"weights": hash_weights(folder), "config": hash_json(said)}}
 
 
-def _that_count(settings: TrainingSettings) -> dict[str, Any]:
+def settings_that_count(settings: TrainingSettings) -> dict[str, Any]:
     """The settings that change what is computed, by key."""
 
     def keep(section: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
