@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -207,8 +206,6 @@ class _Sweep:
                 raise
             self._fail(trial, error)
             return False
-        finally:
-            gc.collect()  # of the model, before the next one is loaded
         return True
 
     def _fail(self, trial: Trial, error: TandemError) -> None:
