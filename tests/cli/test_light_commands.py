@@ -59,6 +59,7 @@ WRONG = (
     (["run", "little.yaml", "sft.max_lenght=9"], "did you mean sft.max_length?"),
     (["run", "little.yaml", "--until", "sfft"], "this recipe's stages are sft, sft-merge"),
     (["plan", "none.yaml"], "none.yaml: no such file"),
+    (["sweep", "little.yaml", "sft.max_length=9,10"], "changes SFT"),
 )
 
 

@@ -17,6 +17,7 @@ import tandem.evaluate.evaluate_models
 import tandem.model.base_model
 import tandem.pairs.make_pairs
 import tandem.pipeline.run_pipeline
+import tandem.pipeline.sweep.run_sweep
 import tandem.plan.rate
 import tandem.report.html
 import tandem.report.run_facts
@@ -45,6 +46,8 @@ TUTORIAL = ROOT / "docs" / "guide" / "tutorial.md"
 # Model and data that a command of the documents may name although nothing of it is here.
 _RECIPE_OF_THE_READER = "my-recipe.yaml"
 _DATA_OF_THE_READER = "my-data.jsonl"
+_EMPTY_SWEEP = {"name": "s", "keys": {}, "metric": "accuracy", "trials": [], "best": None,
+                "complete": True}  # fmt: skip
 
 
 @pytest.fixture
@@ -57,6 +60,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.stages.merge, "run_merge", None),
         (tandem.pairs.make_pairs, "make_pairs", None),
         (tandem.pipeline.run_pipeline, "run_pipeline", None),
+        (tandem.pipeline.sweep.run_sweep, "run_sweep", _EMPTY_SWEEP),
         (tandem.evaluate.evaluate_models, "evaluate_models", {"models": {}, "samples": []}),
         (tandem.chat.session, "run_chat", None),
         (tandem.report.html, "write_report", Path("report.html")),

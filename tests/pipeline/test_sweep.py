@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 import statistics
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,13 @@ import yaml
 from tandem.cli.main import main
 from tandem.pipeline.sweep.grid import split_values
 from tandem.pipeline.sweep.state import Halving
+from tandem.runtime.local_launcher import run_processes
 from tandem.storage.atomic_files import read_json, read_jsonl
 from tandem.storage.hashing import hash_file
 
 from ..stages.made_inputs import make_conversations, make_model_folder, make_pairs
 from ..warm.python import python
+from .launcher import Launcher
 
 RECIPE = {
     "name": "little",
@@ -256,26 +256,6 @@ def test_a_sweep_without_halving_goes_on_with_the_stopped_and_not_the_other_way_
     assert "has trials that began without --halving" in capsys.readouterr().err
 
 
-# Dies, by SIGKILL, at the so-manieth call of a function: before it, or right after it.
-MORTAL = """
-import importlib, os, signal, sys
-module, owner, name, when, number, *argv = sys.argv[1:]
-place = getattr(importlib.import_module(module), owner)
-plain, calls = getattr(place, name), [0]
-def mortal(*args, **kwargs):
-    calls[0] += 1
-    if calls[0] == int(number) and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = plain(*args, **kwargs)
-    if calls[0] == int(number):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-setattr(place, name, mortal)
-from tandem.cli.main import main
-main(argv)
-"""
-STEP = ("tandem.train.trainer", "Trainer", "_take", "before")
-KEPT = ("tandem.evaluate.scores", "MeasurementStore", "keep", "after")
 SIX = "dpo.learning_rate=1e-4,5e-4,1e-3,2e-3,3e-3,4e-3"
 
 
@@ -283,20 +263,10 @@ def test_six_values_killed_three_times_end_as_a_sweep_that_was_not(home: Path) -
     sweep = ["sweep", "aligned.yaml", SIX, "dpo.max_steps=3", "dpo.save_steps=2"]
     sweep += ["--halving", "--rungs", "1", "--keep", "0.3", "--metric", "margin"]
     assert main([*sweep, "output_dir=runs/whole"]) == 0
-    killed = [*sweep, "output_dir=runs/killed"]
-    for moment in (
-        (*STEP, "2"),  # one trial has paused
-        (*KEPT, "3"),  # scores are kept, and the checkpoint where the trial pauses is not
-        (*STEP, "5"),  # one of those that go on has taken a step
-    ):
-        done = subprocess.run(
-            [python(), "-c", MORTAL, *moment, *killed],
-            cwd=home,
-            env={**os.environ, "XDG_CACHE_HOME": str(home / "cache")},
-            capture_output=True,
-            check=False,
-        )
-        assert done.returncode in (-9, 137), done.stderr.decode()
+    root, killed = home / "runs" / "killed", [*sweep, "output_dir=runs/killed"]
+    # in the second trial; later in the first round; and among those that go on
+    for change in (60, 80, 70):
+        assert Launcher(home).run(*killed, root=root, cache="cache", kill_at=change).killed
     assert main(killed) == 0
     one, other = (home / "runs" / name / "sweep" / "learning_rate" for name in ("whole", "killed"))
     assert len(adapters(one)) == 2
@@ -323,6 +293,21 @@ def test_a_trial_that_diverges_is_kept_as_failed_and_the_others_go_on(
     found = trials(home / "runs" / "diverged" / "sweep" / "learning_rate")
     assert [one["state"] for one in found.values()] == ["failed", "finished"]
     assert "learning_rate=1e+30 failed" in said.out
+
+
+def test_several_processes_share_every_trial(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one of them fails, which all processes must learn, and all go on."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sweep = ["sweep", "aligned.yaml", "dpo.learning_rate=1e30,1e-3", "dpo.max_steps=4"]
+    sweep += ["--halving", "--rungs", "1", "output_dir=runs/several"]
+    said: list[str] = []
+    command = [python(), "-m", "tandem", *sweep]
+    assert run_processes(2, command, log=said.append) == 1
+    found = trials(home / "runs" / "several" / "sweep" / "learning_rate")
+    assert [one["state"] for one in found.values()] == ["failed", "finished"]
+    folder = Path(found["learning_rate=0.001"]["folder"])
+    assert read_json(folder / "summary.json")["processes"] == 2
+    assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_the_best_adapter_of_a_trial_is_what_is_compared(home: Path) -> None:

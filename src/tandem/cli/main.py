@@ -28,11 +28,11 @@ from tandem.runtime.launch import forget_accelerates_settings, launched, without
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "run": ("tandem.cli.run", "run", "the whole pipeline of a recipe, resumable"),
-    "sweep": ("tandem.cli.sweep", "sweep", "DPO with several values, compared on held-out pairs"),
     "sft": ("tandem.cli.train", "sft", "stage 1: supervised fine-tuning"),
     "merge": ("tandem.cli.train", "merge", "an adapter into its base model, verified"),
     "pairs": ("tandem.cli.pairs", "pairs", "preference pairs: rejected answers by a weaker model"),
     "dpo": ("tandem.cli.train", "dpo", "stage 2: Direct Preference Optimization"),
+    "sweep": ("tandem.cli.sweep", "sweep", "DPO with several values, compared on held-out pairs"),
     "check": ("tandem.cli.check", "check", "what is in a data set, before anything is trained"),
     "show": ("tandem.cli.show", "show", "one record as tokens: what is trained, and what is not"),
     "plan": ("tandem.cli.plan", "plan", "what a recipe would do and take, before it starts"),
@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "cache": ("tandem.cli.report", "cache", "show or empty the cache"),
 }
 """Each command's module, function and help."""
-_IN_SEVERAL = ("run", "sweep", "sft", "dpo")  # commands that work in several processes
+_IN_SEVERAL = ("run", "sft", "dpo", "sweep")  # commands that work in several processes
 # Errors of the file system, and what the user can do about them.
 _FOLDER_TROUBLE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "check its rights, or choose another path"),

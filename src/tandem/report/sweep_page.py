@@ -92,21 +92,21 @@ def read_sweep(folder: Path) -> dict[str, Any]:
 
 
 def sweep_table(facts: Mapping[str, Any]) -> Table:
-    """Return the trials as rows; differences from the best have their standard errors."""
+    """Return the trials as rows; differences from the best have their standard errors.
+
+    The metric that decides stands first, one other beside it: the page has all.
+    """
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.add_column("trial", style="bold", overflow="fold", min_width=24)
-    measures = _shown(facts)
-    shown = [
-        i for i, one in enumerate(measures) if one.key != "loss" or facts.get("losses_compare")
-    ]
-    for i in shown:
-        table.add_column(measures[i].title, justify="right", min_width=13)
-    for title in ("steps", "time"):
-        table.add_column(title, justify="right")
+    table.add_column("trial", style="bold", overflow="fold")
+    shown = _shown(facts)[:2]
+    for measure in shown:
+        table.add_column(measure.title, justify="right", min_width=19)
+    table.add_column("steps", justify="right", min_width=9)
     for row in _rows(facts):
         name = Text(f"{row.name} ★" if row.best else row.name)
-        steps = Text(row.steps) if row.state == "finished" else Text(f"{row.steps}\n{row.state}")
-        table.add_row(name, *(cell_text(row.cells[i]) for i in shown), steps, row.time)
+        beside = row.time if row.state == "finished" else row.state.partition(" ")[0]
+        steps = Text(f"{row.steps}\n{beside}")
+        table.add_row(name, *map(cell_text, row.cells[: len(shown)]), steps)
     return table
 
 
