@@ -20,8 +20,8 @@ from tandem.cli.main import main
 
 FILE = Path(__file__).parent / "pinned.json"
 COMMANDS = (
-    "run", "sft", "merge", "pairs", "dpo", "check", "show", "plan", "eval", "chat", "report",
-    "cache",
+    "run", "sft", "merge", "pairs", "dpo", "sweep", "check", "show", "plan", "eval", "chat",
+    "report", "cache",
 )  # fmt: skip
 RECIPES = ("demo", "neural-chat-7b-v3-1")
 _NUMBERS = ("one", "two", "three", "four")

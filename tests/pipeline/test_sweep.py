@@ -190,6 +190,20 @@ def test_the_best_is_taken_as_the_runs_own_stage_and_is_what_the_run_would_train
     assert "4-dpo holds a DPO stage that is none of the trials" in capsys.readouterr().err
 
 
+def test_a_damaged_score_is_named_with_the_way_out(
+    swept: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = home / "damaged"
+    shutil.copytree(home / "runs" / "little", copy)
+    file = next((copy / "sweep" / "beta+loss" / "scores").glob("beta-0.05-loss-ipo-*.json"))
+    file.write_text(file.read_text().replace("1", "2", 1))
+    listed = ["sweep", *LITTLE, "dpo.beta=0.05,0.2", "dpo.loss=sigmoid,ipo", f"output_dir={copy}"]
+    assert main(listed) == 2
+    said = capsys.readouterr().err
+    assert file.name in said
+    assert "beta=0.05,loss=ipo to train this trial again" in said
+
+
 RATES, SLOWEST = "dpo.learning_rate=1e-5,1e-4,2e-3,4e-3", "1e-5"
 
 

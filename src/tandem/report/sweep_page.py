@@ -97,14 +97,16 @@ def sweep_table(facts: Mapping[str, Any]) -> Table:
     The metric that decides stands first, one other beside it: the page has all.
     """
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.add_column("trial", style="bold", overflow="fold")
+    rows = _rows(facts)
+    wide = max((len(row.name) + 2 for row in rows), default=0)
+    table.add_column("trial", style="bold", overflow="fold", min_width=min(wide, 32))
     shown = _shown(facts)[:2]
     for measure in shown:
-        table.add_column(measure.title, justify="right", min_width=19)
-    table.add_column("steps", justify="right", min_width=9)
-    for row in _rows(facts):
+        table.add_column(measure.title, justify="right", min_width=16)
+    table.add_column("steps", justify="right", min_width=8)
+    for row in rows:
         name = Text(f"{row.name} ★" if row.best else row.name)
-        beside = row.time if row.state == "finished" else row.state.partition(" ")[0]
+        beside = row.time if row.state == "finished" else row.state.removeprefix("stopped at ")
         steps = Text(f"{row.steps}\n{beside}")
         table.add_row(name, *map(cell_text, row.cells[: len(shown)]), steps)
     return table
@@ -201,7 +203,7 @@ def _rows(facts: Mapping[str, Any]) -> list[_Row]:
         cells = tuple(_cell(measure, one, facts) for measure in _shown(facts))
         state = str(one["state"])
         if state in ("stopped", "paused"):
-            state += f" after {one['compared_at'].removesuffix(' of all steps')} of its steps"
+            state += f" at rung {one['rung']}"
         best = one["name"] == facts.get("best")
         time = duration(one.get("seconds"))
         rows.append(_Row(str(one["name"]), series, cells, steps, state, time, best))

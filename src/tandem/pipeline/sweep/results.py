@@ -99,6 +99,7 @@ def _trial(
         "state": _standing(state, at, complete=complete),
         "reason": state.failure,
         "compared_at": at,
+        "rung": _rung(at, halving),
     }
     if scores is None:
         return about
@@ -140,6 +141,12 @@ def _last(state: TrialState, halving: Halving | None) -> tuple[str, Scores | Non
         if (scores := state.scores(at)) is not None:
             return at, scores
     return "", None
+
+
+def _rung(at: str, halving: Halving | None) -> int | None:
+    """The number, from 1, of the comparison where a trial was scored last."""
+    names = [] if halving is None else [pause_name(share) for share in halving.shares]
+    return 1 + names.index(at) if at in names else None
 
 
 def _summary(folder: Path) -> Mapping[str, Any]:
