@@ -1,6 +1,7 @@
 """The errors that tandem raises on purpose, and the exit code of each.
 
 TandemError            1
+├── NotFinite          1   training came to a loss or gradient that is NaN or infinite
 ├── UserError          2   the user's mistake: one tidy message, no traceback
 └── Stopped            3   interrupted; the same command resumes the run
 """
@@ -16,6 +17,10 @@ class TandemError(Exception):
 
     exit_code = 1
     reported = False
+
+
+class NotFinite(TandemError):  # noqa: N818 - what was found, as the others are named
+    """Training came to a loss or a gradient that is not finite; the message names the records."""
 
 
 class UserError(TandemError):

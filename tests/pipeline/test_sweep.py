@@ -307,6 +307,12 @@ def test_a_trial_that_diverges_is_kept_as_failed_and_the_others_go_on(
     found = trials(home / "runs" / "diverged" / "sweep" / "learning_rate")
     assert [one["state"] for one in found.values()] == ["failed", "finished"]
     assert "learning_rate=1e+30 failed" in said.out
+    # once its folder is removed, it is tried again
+    shutil.rmtree(found["learning_rate=1e+30"]["folder"])
+    assert main([*sweep, "--dry-run"]) == 0
+    assert "learning_rate=1e+30  new" in capsys.readouterr().out
+    assert main(sweep) == 1
+    assert "dpo: step 1/3" in capsys.readouterr().err
 
 
 def test_several_processes_share_every_trial(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

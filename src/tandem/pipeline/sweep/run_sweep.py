@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from tandem.data.resolve_sources import resolve_sources
-from tandem.errors import Stopped, TandemError, UserError
+from tandem.errors import NotFinite, Stopped, TandemError, UserError
 from tandem.pipeline.preflight import check_inputs, check_training
 from tandem.pipeline.run_pipeline import joined, run_pipeline, run_training
 from tandem.pipeline.stage_jobs import dpo_job
@@ -202,24 +202,19 @@ class _Sweep:
         except TandemError as error:
             if error.exit_code == Stopped.exit_code and scores.paused:
                 return True
-            if error.exit_code != TandemError.exit_code:
+            if error.exit_code != NotFinite.exit_code:
                 raise
             self._fail(trial, error)
             return False
         return True
 
     def _fail(self, trial: Trial, error: TandemError) -> None:
-        """Keep a trial as failed; raises the error where its stage had not begun."""
-        self.processes.any_rank(True)  # or contact was lost, which is no trial's failure
-
-        def keep() -> bool:
-            state = state_of(trial, store_of(self.grid.folder, self.log))
-            if state.inputs_hash is not None:
-                state.fail(str(error))
-            return state.inputs_hash is not None
-
-        if not self.processes.on_rank0(keep):
+        """Keep a trial as failed; raises any other error than a loss that is not finite."""
+        # The process that found it has the error itself, the others are told of it.
+        if not self.processes.any_rank(isinstance(error, NotFinite)):
             raise error
+        store = store_of(self.grid.folder, self.log)
+        self.processes.on_rank0(lambda: state_of(trial, store).fail(str(error)))
         self.log(f"{trial.folder} failed: {error}")
 
     def _states(self) -> list[TrialState]:

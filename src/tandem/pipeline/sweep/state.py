@@ -63,31 +63,30 @@ class TrialState:
 
     trial: Trial
     inputs_hash: str | None  # of its stage's manifest; None: it has not begun
+    started_at: str  # of the same manifest
     finished: bool
     store: MeasurementStore
 
     def scores(self, at: str) -> Scores | None:
         """Its scores at its end, or after a share of its steps; None where there are none."""
-        found = self._find(at)
+        if self.inputs_hash is None:
+            return None
+        found = self.store.find(self.trial.name, {"inputs": self.inputs_hash, "at": at})
         return None if found is None else Scores(found)
 
     @property
     def failure(self) -> str:
-        """Why it cannot go on; empty if it can."""
-        found = self._find(FAILED)
+        """Why it cannot go on; empty if it can, and if its folder was made anew since."""
+        found = self.store.find(self.trial.name, self._failed)
         return "" if found is None else str(found["reason"])
 
     def fail(self, reason: str) -> None:
         """Keep the reason why it cannot go on."""
-        self.store.keep(self.trial.name, self._key(FAILED), {"reason": reason})
+        self.store.keep(self.trial.name, self._failed, {"reason": reason})
 
-    def _find(self, at: str) -> dict[str, Any] | None:
-        if self.inputs_hash is None:
-            return None
-        return self.store.find(self.trial.name, self._key(at))
-
-    def _key(self, at: str) -> dict[str, Any]:
-        return {"inputs": self.inputs_hash, "at": at}
+    @property
+    def _failed(self) -> dict[str, Any]:
+        return {"inputs": self.inputs_hash, "at": FAILED, "started": self.started_at}
 
 
 def store_of(folder: Path, log: Callable[[str], None] = lambda _: None) -> MeasurementStore:
@@ -102,9 +101,10 @@ def state_of(trial: Trial, store: MeasurementStore) -> TrialState:
     """
     manifest = read_manifest(trial.folder)
     if manifest is None:
-        return TrialState(trial, None, False, store)
+        return TrialState(trial, None, "", False, store)
     finished = manifest["status"] == "finished"
-    state = TrialState(trial, manifest["inputs_hash"], finished, store)
+    begun = manifest["inputs_hash"], manifest["started_at"]
+    state = TrialState(trial, *begun, finished, store)
     if finished and state.scores(END) is None:
         raise UserError(
             f"{trial.folder} is finished, but its scores in {store.folder} are missing or damaged; "

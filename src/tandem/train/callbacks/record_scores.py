@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tandem.data.encoded.dataset import EncodedDataset
 from tandem.data.encoded.example import Example
-from tandem.errors import Stopped, TandemError, UserError
+from tandem.errors import NotFinite, Stopped, UserError
 from tandem.recipe.dpo_settings import DpoSettings
 from tandem.storage.hashing import hash_bytes, hash_json
 from tandem.storage.manifest import read_manifest
@@ -145,7 +145,7 @@ class RecordScores(Callback):
         logps = _logps(run, records)
         losses = _losses(run, records, logps)
         if not (np.isfinite(logps).all() and np.isfinite(losses).all()):
-            raise TandemError(
+            raise NotFinite(
                 f"a held-out record's log-prob or loss is not finite after {run.state.step} steps. "
                 "Lower the learning rate, or look at the records."
             )
