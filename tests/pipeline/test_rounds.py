@@ -319,10 +319,13 @@ def test_a_judge_that_is_not_there_is_missed_before_the_first_step(
     shutil.copytree(home / "reward", home / "two", dirs_exist_ok=True)
     config = read_json(home / "two" / "config.json")
     (home / "two" / "config.json").write_text(json.dumps(config | {"id2label": {"0": "", "1": ""}}))
+    mute = shutil.copytree(home / "reward", home / "mute", dirs_exist_ok=True)
+    (mute / "chat_template.jinja").unlink()
     for folder, why in (
         ("./none", "does not exist"),
         ("model", "names no sequence classifier"),
         ("two", "has 2 labels"),
+        ("mute", "has no chat template"),
     ):
         assert main(["run", "recipe.yaml", "output_dir=runs/unjudged",
                      f"pairs.rank.reward_model={folder}"]) == 2  # fmt: skip

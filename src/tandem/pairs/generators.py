@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # vLLM gets so many prompts at once, and batches them itself; a kill loses at most these.
 _VLLM_PROMPTS = 256
+# Tokens of a server's first answer, of which only its coming counts.
+_GREETING_TOKENS = 16
 
 Unit = list[tuple[int, list[Any]]]
 """Answers that are finished together: each one's number, and its text and whether it stopped."""
@@ -278,7 +280,9 @@ class ServerGenerator:
     def reach(self) -> None:
         """Raise UserError for a server that does not answer a greeting."""
         greeting = {"role": "user", "content": "Hello."}
-        first_answer(self._server, ChatRequest((greeting,), self._options()), "pairs.server")
+        few = {self._server.limit_key: min(_GREETING_TOKENS, self._settings.max_new_tokens)}
+        request = ChatRequest((greeting,), self._options() | few)
+        first_answer(self._server, request, "pairs.server")
 
     def open(self, console: Console) -> None:
         """Read the key; nothing is sent yet."""

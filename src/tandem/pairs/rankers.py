@@ -109,10 +109,13 @@ class RewardModel:
         return hash_weights(model_folder(self._name))
 
     def check(self) -> None:
-        """Raise UserError for a folder that is no model, or has more labels than one."""
+        """Raise UserError for a folder whose files show that it is no reward model."""
         check_local_model(self._name)
         if is_local(self._name):
-            _check_labels(model_folder(self._name))
+            folder = model_folder(self._name)
+            _check_labels(folder)
+            if not _has_template(folder):
+                raise _without_template(folder)
 
     def reach(self) -> None:
         """Nothing is to be reached."""
@@ -124,10 +127,7 @@ class RewardModel:
         model = _load_classifier(folder, device.weights)
         self._tokenizer = load_tokenizer(folder)
         if not getattr(self._tokenizer, "chat_template", None):
-            raise UserError(
-                f"pairs.rank.reward_model: {folder} has no chat template, so it is unknown how "
-                "it reads an answer. Put the one it was trained with into its folder."
-            )
+            raise _without_template(folder)
         own = resolve_template(self._tokenizer, None)
         self._template = replace(own, name="the reward model's own")
         self._omissions = omissions_of(self._tokenizer, self._template)
@@ -199,6 +199,23 @@ def _check_labels(folder: Path) -> None:
         raise _no_reward_model(folder, "its config.json names no sequence classifier")
     if isinstance(labels, dict) and len(labels) != 1:
         raise _no_reward_model(folder, f"it has {len(labels)} labels, not one")
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether a tokenizer's files have a chat template, as far as they can be read."""
+    if (folder / "chat_template.json").exists() or any(folder.rglob("*.jinja")):
+        return True
+    try:
+        return "chat_template" in read_json(folder / "tokenizer_config.json")
+    except (OSError, ValueError, TypeError):
+        return True  # said when it is loaded
+
+
+def _without_template(folder: Path) -> UserError:
+    return UserError(
+        f"pairs.rank.reward_model: {folder} has no chat template, so it is unknown how it reads "
+        "an answer. Put the one it was trained with into its folder."
+    )
 
 
 def _no_reward_model(folder: Path, what: str) -> UserError:

@@ -80,7 +80,7 @@ _COLUMNS = (
             _written("scores", "answers"), _short, _written("scores", "error")),
     _Column("characters", "mean length of the answers that it wrote for the next round",
             _written("characters", "answers"), lambda value: f"{value:.0f}"),
-    _Column("prompts with a pair", "share of the prompts it was asked that gave a pair",
+    _Column("gave a pair", "share of the prompts it was asked that gave a pair",
             lambda model: _share(model.written), percent),
 )  # fmt: skip
 

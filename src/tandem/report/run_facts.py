@@ -22,6 +22,7 @@ from tandem.storage.run_folder import (
     TRAINING_STAGES,
     Stage,
     StageName,
+    run_of,
     stages_in,
 )
 from tandem.wording import chosen_collapse
@@ -206,7 +207,7 @@ def _read_stage(folder: Path, known: Stage | None) -> StageFacts:
     manifest = _object(folder / "manifest.json", problems)
     if not (folder / "manifest.json").exists() and any(folder.iterdir()):
         problems.append(
-            f"{folder.name}/manifest.json is missing: whether it is finished is unknown"
+            f"{_shown(folder / 'manifest.json')} is missing: whether it is finished is unknown"
         )
     metrics = _lines(folder / "metrics.jsonl", problems)
     kind = known.kind if known else _kind(folder, manifest, metrics)
@@ -256,11 +257,16 @@ def _kind(folder: Path, manifest: Mapping[str, Any], metrics: tuple[Any, ...]) -
 def _changed(folder: Path, outputs: Mapping[str, Any]) -> list[str]:
     """Return a line on each shown output that changed after its stage finished."""
     return [
-        f"{folder.name}/{name} is not as the stage left it: it is missing, damaged or was changed"
+        f"{_shown(folder / name)} is not as the stage left it: it is missing, damaged or changed"
         for name in _SHOWN
         if name in outputs
         and (not (folder / name).is_file() or hash_file(folder / name) != outputs[name])
     ]
+
+
+def _shown(path: Path) -> str:
+    """A file's path from its run's folder on, or with the name of the folder it is in."""
+    return str(path.relative_to(run_of(path.parent)))
 
 
 def _object(path: Path, problems: list[str]) -> Mapping[str, Any]:
@@ -270,17 +276,17 @@ def _object(path: Path, problems: list[str]) -> Mapping[str, Any]:
         value = read_json(path)
         value = unsealed(value) if isinstance(value, dict) else value
     except (ValueError, OSError, RecursionError) as error:
-        problems.append(f"{path.parent.name}/{path.name} cannot be read: {error}")
+        problems.append(f"{_shown(path)} cannot be read: {error}")
         return {}
     if not isinstance(value, Mapping):
-        problems.append(f"{path.parent.name}/{path.name} holds no JSON object")
+        problems.append(f"{_shown(path)} holds no JSON object")
     return mapping(value)
 
 
 def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[Any, ...]:
     if not path.is_file():
         if path.exists() or path.is_symlink():
-            problems.append(f"{path.parent.name}/{path.name} is no file")
+            problems.append(f"{_shown(path)} is no file")
         return ()
     lines: list[Mapping[str, Any]] = []
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -292,12 +298,12 @@ def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[A
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                problems.append(f"{path.parent.name}/{path.name}, row {row}: {error}")
+                problems.append(f"{_shown(path)}, row {row}: {error}")
                 continue
             if isinstance(value, Mapping):
                 lines.append(value)
             else:
-                problems.append(f"{path.parent.name}/{path.name}, row {row}: no JSON object")
+                problems.append(f"{_shown(path)}, row {row}: no JSON object")
     return tuple(lines)
 
 
