@@ -329,7 +329,9 @@ def test_a_judge_that_is_not_there_is_missed_before_the_first_step(
     ):
         assert main(["run", "recipe.yaml", "output_dir=runs/unjudged",
                      f"pairs.rank.reward_model={folder}"]) == 2  # fmt: skip
-        assert why in " ".join(capsys.readouterr().err.split())
+        said = " ".join(capsys.readouterr().err.split())
+        assert "pairs.rank.reward_model: " in said
+        assert why in said
     # What needs no judge may be run without one.
     assert not run.exists()
     desk.plan = {"*": [503]}

@@ -17,6 +17,7 @@ from tandem.data.resolve_sources import data_identity, resolve_sources
 from tandem.data.sources.rows import not_read
 from tandem.errors import Stopped, UserError
 from tandem.integrations.choose import device_names
+from tandem.pairs.check_pairs import reach_again
 from tandem.pairs.filters import (
     Candidate,
     Filters,
@@ -60,23 +61,6 @@ _APART: Any = {
 }
 
 
-def check_pairs(settings: PairsSettings, run: RunSettings) -> None:
-    """Raise UserError for what cannot work once the stage begins.
-
-    That is a key, a model or a user's check that is missing, and a server that does not answer one
-    question, which it is sent.
-    """
-    generator = choose_generator(settings, settings.model, run)
-    ranker = choose_ranker(settings.rank, run) if settings.rank is not None else None
-    models = [model for model in (generator, ranker) if model is not None]
-    for model in models:
-        model.check()
-    if settings.filters.check is not None:
-        UserCheck(settings.filters.check)
-    for model in models:
-        model.reach()
-
-
 def make_pairs(job: PairsJob, console: Console) -> Path:
     """Write pairs and held-out pairs in the orca_dpo_pairs form; returns the folder.
 
@@ -88,12 +72,6 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
     """
     run, settings, output_dir = job.run, job.settings, job.folder
     seed = run.seed
-    # What the pairs of a part, and of a later round, depend on besides.
-    part = (job.in_round, settings.parts) if settings.parts > 1 else None
-    of_round = {
-        **({"part": list(part)} if part is not None else {}),
-        **({"round": job.in_round} if job.in_round > 1 else {}),
-    }
     generator = choose_generator(settings, run.model, run)
     ranker = choose_ranker(settings.rank, run) if settings.rank is not None else None
     generator.check()
@@ -116,7 +94,7 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
         "check": check.identity if check is not None else None,
         "settings": settings.model_dump(mode="json", exclude=_APART),
         "seed": seed,
-        **of_round,
+        **_round_inputs(job),
     }
     with folder_lock(output_dir, lambda text: log(console, f"pairs: {text}")):
         opened = open_stage(output_dir, "pairs", inputs)
@@ -131,7 +109,7 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
             log(console, f"pairs: {line}")
         with _threads(threads):
             if ranker is not None and opened.state == "fresh":
-                _reach_again(ranker, job.in_round)
+                reach_again(ranker, job.in_round)
             generator.open(console)
             if ranker is not None:
                 ranker.open(console)
@@ -145,14 +123,13 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
     return output_dir
 
 
-def _reach_again(ranker: Ranker, in_round: int) -> None:
-    """Ask a judge before hours of generating; raise Stopped for one that earlier rounds had."""
-    try:
-        ranker.reach()
-    except UserError as error:
-        if in_round == 1:
-            raise
-        raise Stopped(f"{error} Round {in_round} has not begun, and nothing is lost.") from None
+def _round_inputs(job: PairsJob) -> dict[str, Any]:
+    """What the pairs of a part, and of a later round, depend on besides."""
+    parts, number = job.settings.parts, job.in_round
+    return {
+        **({"part": [number, parts]} if parts > 1 else {}),
+        **({"round": number} if number > 1 else {}),
+    }
 
 
 def _computed(settings: PairsSettings, run: RunSettings) -> dict[str, str] | None:

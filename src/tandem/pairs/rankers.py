@@ -110,7 +110,10 @@ class RewardModel:
 
     def check(self) -> None:
         """Raise UserError for a folder whose files show that it is no reward model."""
-        check_local_model(self._name)
+        try:
+            check_local_model(self._name)
+        except UserError as error:
+            raise UserError(f"pairs.rank.reward_model: {error}") from None
         if is_local(self._name):
             folder = model_folder(self._name)
             _check_labels(folder)

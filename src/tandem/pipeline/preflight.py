@@ -77,7 +77,7 @@ def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozense
     if asked.evaluate is not None:
         _check_tasks(asked.evaluate)
     if asked.pairs is not None:
-        from tandem.pairs.make_pairs import check_pairs
+        from tandem.pairs.check_pairs import check_pairs
 
         check_pairs(asked.pairs, recipe)
 
