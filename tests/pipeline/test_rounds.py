@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from tandem.check.inputs import stage_data
 from tandem.cli.main import main
 from tandem.evaluate.scores import MeasurementStore
 from tandem.plan.plan_recipe import plan_recipe
@@ -267,6 +268,9 @@ def test_a_plan_counts_the_rounds_and_says_which_pairs_are_missing(
     assert second.estimate.work.records == len(
         read_jsonl(home / "runs/whole/round-02/3-pairs/pairs.jsonl")
     )
+    # `tandem check` looks at the pairs that were made last.
+    checked = stage_data("dpo", recipe, None, home)
+    assert checked.sources[0].path.endswith("round-02/3-pairs/pairs.jsonl")
     assert third.estimate is None
     assert third.notes[0] == "the pairs are not made yet"
     assert "--until pairs-3" in third.notes[1]
