@@ -12,12 +12,14 @@ from tandem.plan.stage_estimate import (
     estimate_run,
     remember_run,
 )
+from tandem.recipe.run_settings import RunSettings
 from tandem.train.callbacks.callback import Callback, TrainingRun
+from tandem.train.callbacks.user_callbacks import UserCallbacks
 
 
-def default_callbacks() -> list[Callback]:
+def default_callbacks(run: RunSettings) -> list[Callback]:
     """The callbacks of a stage of a run, or of a stage alone."""
-    return [EstimateRun()]
+    return [EstimateRun(), UserCallbacks(run.callbacks)]
 
 
 class EstimateRun(Callback):

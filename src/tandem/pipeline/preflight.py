@@ -33,6 +33,7 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import TrainingSettings
+from tandem.runtime.user_code import load_function
 from tandem.storage.atomic_files import read_json
 
 # A length limit where the model's own does not matter.
@@ -66,6 +67,7 @@ def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozense
     check_paths(recipe.model_copy(update=dict.fromkeys(sections - wanted)))
     asked = recipe.model_copy(update=dict.fromkeys(sections - (wanted - finished)))
     _check_optimizers(asked)
+    _check_watching(asked)
     _check_rows(asked)
     _check_trained(asked, begins=recipe.sft or recipe.dpo)
     # A training stage that comes first encodes its own data before anything else.
@@ -214,6 +216,14 @@ def _check_optimizers(asked: Recipe) -> None:
 
         for name in sorted(named):
             check_optimizer(name, pieces_of(asked.engine), asked.engine, device_of(asked))
+
+
+def _check_watching(asked: Recipe) -> None:
+    """Check the user's own callbacks, if a stage is to be trained."""
+    if asked.sft is None and asked.dpo is None:
+        return
+    for name in asked.callbacks:
+        load_function(name, "callbacks")
 
 
 def _local(sources: Sequence[DataSource]) -> list[DataSource]:

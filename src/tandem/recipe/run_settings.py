@@ -106,6 +106,11 @@ class RunSettings(Section):
     compile: bool = Field(
         default=False, description="Compile norms and gated MLPs with torch.compile."
     )
+    callbacks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="Functions of your own as `module:function`, told each logged step, score and "
+        "checkpoint; one that returns `stop` ends the run, to be resumed.",
+    )
     hpu: HpuSettings = Field(
         default=HpuSettings(), description="Settings that only Gaudi cards use."
     )

@@ -47,6 +47,7 @@ from tandem.train.callbacks.callback import Callback, TrainingRun
 from tandem.train.callbacks.held_out_evaluation import best_adapters, why_best_is_gone
 from tandem.train.checkpoint import CheckpointStore, RunState, forget_after
 from tandem.train.engines.engine import Engine
+from tandem.train.token_budget import TokenBudget
 
 # The execution's key for the date that a template writes.
 _DATE = "template_date"
@@ -90,6 +91,7 @@ def train_stage(
         if opened.state == "finished":
             say_finished(console, stage.name, folder)
             return folder
+        processes.on_rank0(lambda: _check(callbacks))
         for notice in context.base.notices():
             context.log(notice)
         base, recorded = processes.on_rank0(lambda: _dated(context.base, opened.schedule))
@@ -116,6 +118,11 @@ def _look_up(
     processes.on_all(lambda: check_start(run, settings, base))
     processes.on_all(lambda: check_adapter(settings, base))
     return TrainContext(stage, job, engine, console, base, sources, held_out)
+
+
+def _check(callbacks: Sequence[Callback]) -> None:
+    for callback in callbacks:
+        callback.check()
 
 
 def _dated(base: BaseModelInfo, recorded: dict[str, Any]) -> tuple[BaseModelInfo, dict[str, Any]]:
@@ -154,8 +161,32 @@ def _run(
         stage.name, context.job, engine, context.base.config, records.dataset, sampler,
         sampler.total_steps(settings), execution, context.log, callbacks, baseline_memory=baseline,
     )  # fmt: skip
-    for callback in callbacks:
-        callback.on_set_up(run, model)
+    with ExitStack() as closing:
+        for callback in callbacks:
+            closing.callback(callback.on_close, run)
+            callback.on_set_up(run, model)
+        _train(context, run, _Loaded(model, records, execution, budget), inputs)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What is there before the first step."""
+
+    model: Any
+    records: TrainingData
+    execution: dict[str, Any]
+    budget: TokenBudget
+
+
+def _train(
+    context: TrainContext, run: TrainingRun, loaded: _Loaded, inputs: dict[str, Any]
+) -> None:
+    """Take the steps that are missing, and write what a finished stage leaves."""
+    engine, processes = context.engine, context.engine.processes
+    stage, settings = context.stage, context.job.settings
+    model, records, execution, budget = (
+        loaded.model, loaded.records, loaded.execution, loaded.budget,
+    )  # fmt: skip
     compiled = compile_model(context, model, records.dataset, execution)
     newest, state = _begin(context, model, run)
     count, steps = len(records.dataset), run.total_steps
@@ -193,6 +224,7 @@ def _begin(
     if newest is None:
         return None, {}
     run.state, optimizer = processes.on_all(partial(checkpoints.load, newest, model))
+    run.checkpoint = newest
     processes.on_rank0(lambda: _clean_lines(context, checkpoints, newest, run.state.step))
     context.log(f"resuming from {newest} (step {run.state.step} of {run.total_steps})")
     return newest, optimizer

@@ -71,8 +71,8 @@ class LabelledObjective:
         for part, known in zip(self._mixture.parts, self._statistics, strict=False):
             if known is not None:
                 sums[f"divergence/{part.loss.name}"] = known * weights.sum()
-        parts = [1] * len(members)
-        return LossSums(loss, {"loss": loss.detach(), **sums}, each.detach(), parts)
+        counts = [1] * len(members)
+        return LossSums(loss, {"loss": loss.detach(), **sums}, each.detach(), counts)
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Means over answers; those of rewards and log-probs over good ones, and over bad ones."""
