@@ -1,4 +1,4 @@
-"""Functions of the user's own: what they are told, a stop that they ask for, and what they break."""
+"""Functions of the user's own: what they are told, the stop they ask for, and what they break."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_one_that_raises_outside_of_steps(watch: Any, tiny_model: Path, tmp_path
     with pytest.raises(UserError, match="scores at step 0, before the first step"):
         train(tiny_model, tmp_path / "out", "watch:broken")
     watch.KIND = "end"
-    with pytest.raises(UserError, match="at the end of the stage. All steps are taken"):
+    with pytest.raises(UserError, match=r"at the end of the stage\. All steps are taken"):
         train(tiny_model, tmp_path / "out", "watch:broken")
     assert read_json(tmp_path / "out" / "manifest.json")["status"] == "running"
     (tmp_path / "out" / "mended").touch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tandem.integrations.tracking import Tracking
 from tandem.model.attention.select import is_padded
 from tandem.plan.stage_estimate import (
     StageEstimate,
@@ -19,7 +20,7 @@ from tandem.train.callbacks.user_callbacks import UserCallbacks
 
 def default_callbacks(run: RunSettings) -> list[Callback]:
     """The callbacks of a stage of a run, or of a stage alone."""
-    return [EstimateRun(), UserCallbacks(run.callbacks)]
+    return [EstimateRun(), UserCallbacks(run.callbacks), Tracking(run)]
 
 
 class EstimateRun(Callback):

@@ -20,6 +20,7 @@ from tandem.data.resolve_sources import check_format, held_out_of
 from tandem.data.sources.rows import count_sources, is_local, local_files
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.vocabulary import add_tokens, tokens_without_row
+from tandem.integrations.trackers import check_tracker
 from tandem.model.model_folder import (
     check_fetchable,
     check_lengths,
@@ -219,11 +220,13 @@ def _check_optimizers(asked: Recipe) -> None:
 
 
 def _check_watching(asked: Recipe) -> None:
-    """Check the user's own callbacks, if a stage is to be trained."""
+    """Check the user's own callbacks, and trackers, if a stage is to be trained."""
     if asked.sft is None and asked.dpo is None:
         return
     for name in asked.callbacks:
         load_function(name, "callbacks")
+    for tracker in asked.trackers:
+        check_tracker(tracker)
 
 
 def _local(sources: Sequence[DataSource]) -> list[DataSource]:
