@@ -26,8 +26,8 @@ from tandem.wording import chosen_collapse
 
 # Outputs of stages that a page shows, in part or whole.
 _SHOWN = (
-    "summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl", "pairs.jsonl",
-    "pairs.parquet", "evaluation.json",
+    "summary.json", "metrics.jsonl", "validation.jsonl", "samples.jsonl", "data-ledger.jsonl",
+    "pairs.jsonl", "pairs.parquet", "evaluation.json",
 )  # fmt: skip
 # The stages of each section of a recipe.
 _SECTION_STAGES: dict[str, tuple[StageName, ...]] = {
@@ -57,6 +57,7 @@ class StageFacts:
     ledger: tuple[Mapping[str, Any], ...]
     problems: tuple[str, ...]
     validation: tuple[Mapping[str, Any], ...] = ()
+    samples: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def status(self) -> str:
@@ -211,6 +212,7 @@ def _read_stage(folder: Path, name: str) -> StageFacts:
         metrics=metrics,
         ledger=_lines(folder / "data-ledger.jsonl", problems, LEDGER_LINES_SHOWN),
         validation=_lines(folder / "validation.jsonl", problems),
+        samples=_lines(folder / "samples.jsonl", problems),
         problems=tuple(problems),
     )
 

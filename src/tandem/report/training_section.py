@@ -272,6 +272,18 @@ def ledger_reasons(stage: StageFacts) -> list[tuple[str, str]]:
     return [(reason, count(n)) for reason, n in sorted(counted, key=lambda item: -item[1])]
 
 
+def answered_prompts(stage: StageFacts) -> list[dict[str, Any]]:
+    """Return each prompt that was answered on the way, with its answers as (step, text)."""
+    prompts: dict[Any, dict[str, Any]] = {}
+    for line in stage.samples:
+        system = f"{line['system']}\n" if line.get("system") else ""
+        shown = {"prompt": f"{system}{line.get('prompt', '')}", "answers": []}
+        one = prompts.setdefault(str(line.get("number")), shown)
+        cut = "" if line.get("ended", True) else " …"
+        one["answers"].append((str(line.get("step", "")), f"{line.get('answer', '')}{cut}"))
+    return list(prompts.values())
+
+
 def _series(
     metrics: Sequence[Mapping[str, Any]], key: str, name: str, tone: str, *, unit: float
 ) -> Series:

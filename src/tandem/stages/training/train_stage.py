@@ -27,6 +27,7 @@ from tandem.runtime.launch import launched
 from tandem.runtime.process_group import join
 from tandem.stages.finished import training_inputs
 from tandem.stages.training.adapter_checks import check_adapter, check_start
+from tandem.stages.training.asked_prompts import asked_prompts
 from tandem.stages.training.context import (
     BuiltObjective,
     ObjectiveInputs,
@@ -43,6 +44,7 @@ from tandem.storage.atomic_files import atomic_write_json, read_jsonl
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_json
 from tandem.storage.manifest import check_made, finish_stage, open_stage, start_stage
+from tandem.train.callbacks.answer_prompts import SAMPLES, AskedPrompt
 from tandem.train.callbacks.callback import Callback, TrainingRun
 from tandem.train.callbacks.held_out_evaluation import best_adapters, why_best_is_gone
 from tandem.train.checkpoint import CheckpointStore, RunState, forget_after
@@ -143,6 +145,7 @@ def _run(
     """Load, adapt, train and write; mistakes are refused before anything is written."""
     engine, processes = context.engine, context.engine.processes
     stage, settings, folder = context.stage, context.job.settings, context.job.folder
+    context = replace(context, prompts=_prompts(context))
     # The other processes find what rank 0 has encoded, where they share its cache.
     records = processes.rank0_first(lambda: _records(context))
     if processes.count > 1:
@@ -206,6 +209,13 @@ def _train(
     for callback in run.callbacks:
         callback.on_train_end(run, summary)
     processes.on_rank0(lambda: _finish(context, done, outputs, summary))
+
+
+def _prompts(context: TrainContext) -> list[AskedPrompt]:
+    """What the model is asked on the way; raises UserError where it cannot be asked at all."""
+    job, engine = context.job, context.engine
+    read = partial(asked_prompts, job.settings, context.base, job.folder.parent, job.run.seed)
+    return engine.processes.rank0_first(read) if job.settings.samples else []
 
 
 def _records(context: TrainContext) -> TrainingData:
@@ -295,6 +305,7 @@ def _finish(
     atomic_write_json(folder / "summary.json", summary)
     outputs = [*outputs, "summary.json", "metrics.jsonl"]
     outputs += ["validation.jsonl"] if done.records.held_out is not None else []
+    outputs += [SAMPLES] if (folder / SAMPLES).exists() else []
     outputs += ["data-ledger.jsonl"] if (folder / "data-ledger.jsonl").exists() else []
     finish_stage(folder, outputs)
     best_adapters(folder, context.weights).clear()

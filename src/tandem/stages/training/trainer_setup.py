@@ -10,13 +10,21 @@ from typing import Any
 from torch import Tensor
 
 from tandem.data.batching.sampler import tenth
+from tandem.model.companion_files import all_stop_ids
 from tandem.model.trained_weights import hidden_matrices, trainable_parameters
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
 from tandem.stages.training.context import BuiltObjective, TrainContext
 from tandem.stages.training.held_out import METRICS, HeldOut
 from tandem.stages.training.training_data import TrainingData
-from tandem.train.callbacks.callback import MetricsLog, SaveCheckpoints, ShowProgress, TrainingRun
+from tandem.train.callbacks.answer_prompts import AnswerPrompts
+from tandem.train.callbacks.callback import (
+    Callback,
+    MetricsLog,
+    SaveCheckpoints,
+    ShowProgress,
+    TrainingRun,
+)
 from tandem.train.callbacks.early_stopping import EarlyStopping
 from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation, best_adapters
 from tandem.train.engines.engine import without_live
@@ -93,11 +101,20 @@ def build_trainer(
             observed=built.observed, **how,
         )  # fmt: skip
 
-    own = [
-        MetricsLog(),
-        ShowProgress(display),
-        SaveCheckpoints(checkpoints, saved_every(settings, total)),
-    ]
+    own: list[Callback] = [MetricsLog(), ShowProgress(display)]
+    saved = saved_every(settings, total)
+    if settings.samples is not None:
+        tokenizer, template, base = context.base.tokenizer, context.base.template, context.base
+        own.append(
+            AnswerPrompts(
+                context.prompts,
+                saved,
+                settings.samples.max_new_tokens,
+                all_stop_ids(base.folder, tokenizer, template),
+                partial(tokenizer.decode, skip_special_tokens=True),
+            )
+        )
+    own.append(SaveCheckpoints(checkpoints, saved))
     if records.held_out is not None:
         scored = runner(objectives[1], records.held_out, learns=False)
         assert settings.validation is not None
