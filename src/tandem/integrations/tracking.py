@@ -126,8 +126,9 @@ class Tracking(Callback):
             if before := state.get(tracker.name):
                 tracker.known_as, tracker.got = before
             tracker.waiting = [line for line in lines if line.place > tracker.got]
-            self._send(run, tracker)
-            if tracker.error and tracker.known_as is None and run.state.step == 0:
+            new = tracker.known_as is None and run.state.step == 0
+            self._send(run, tracker, silent=new)
+            if tracker.error and new:
                 raise UserError(
                     f"trackers: {tracker.name} cannot be started ({tracker.error}). Mend it, or "
                     "leave it out: the same command then goes on"
@@ -141,7 +142,7 @@ class Tracking(Callback):
                 tracker.waiting.append(line)
             self._send(run, tracker)
 
-    def _send(self, run: TrainingRun, tracker: _Tracker) -> None:
+    def _send(self, run: TrainingRun, tracker: _Tracker, *, silent: bool = False) -> None:
         """Start a tracker if need be, and send what waits for it, unless it failed just now."""
         if time.monotonic() < tracker.again_at:
             return
@@ -157,7 +158,7 @@ class Tracking(Callback):
                     tracker.got = line.place
                     del tracker.waiting[0]
         except Exception as error:
-            if not tracker.error:
+            if not tracker.error and not silent:
                 run.log(
                     f"warning: tracker {tracker.name} failed at step {run.state.step} "
                     f"({_said(error)}). Training goes on, and {' and '.join(_FILES[::-1])} have "
@@ -245,7 +246,7 @@ def _in_words(tracker: _Tracker) -> str:
 
 def _said(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text:.300}"
+    return f"{type(error).__name__}: {text:.200}"
 
 
 def _read_state(path: Path) -> dict[str, tuple[str, _Place]]:

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tandem.recipe.choices import (
     ENGINES,
@@ -16,7 +16,7 @@ from tandem.recipe.choices import (
     Quantization,
     TrackerName,
 )
-from tandem.recipe.section import PathText, Positive, Section, expanded
+from tandem.recipe.section import PathText, Positive, Section, expanded, listed
 
 
 def checked_engine(engine: str) -> str:
@@ -113,12 +113,14 @@ class RunSettings(Section):
     compile: bool = Field(
         default=False, description="Compile norms and gated MLPs with torch.compile."
     )
-    callbacks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+    callbacks: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(listed)
+    ] = Field(
         default=(),
         description="Functions of your own as `module:function`, told each logged step, score and "
         "checkpoint; one that returns `stop` ends the run, to be resumed.",
     )
-    trackers: tuple[TrackerName, ...] = Field(
+    trackers: Annotated[tuple[TrackerName, ...], BeforeValidator(listed)] = Field(
         default=(),
         description="Where settings, metrics, held-out scores and the summary go as well: "
         "`tensorboard`, `wandb`, `mlflow`, `trackio`.",

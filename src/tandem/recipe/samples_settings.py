@@ -7,13 +7,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, model_validator
 
 from tandem.recipe.data_source import Unweighted
-from tandem.recipe.section import Positive, Section
-
-
-def _listed(value: object) -> object:
-    """Accept a single text without a list."""
-    # A tuple, because pydantic's strict mode takes no list from a validator.
-    return (value,) if isinstance(value, str) else value
+from tandem.recipe.section import Positive, Section, listed
 
 
 class SamplesSettings(Section):
@@ -23,9 +17,9 @@ class SamplesSettings(Section):
     training does not depend on them.
     """
 
-    prompts: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)
-    ] = Field(default=(), description="Texts of a user.")
+    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(listed)] = (
+        Field(default=(), description="Texts of a user.")
+    )
     questions: Unweighted = Field(
         default=(), description="Files of questions, as `evaluate.questions` takes them."
     )

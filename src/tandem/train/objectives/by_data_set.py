@@ -39,12 +39,12 @@ class LossByDataSet:
         """See `Objective.begin`."""
         self._sets = np.searchsorted(self._ends, list(indices), side="right").tolist()
         denominator = self._objective.begin(examples, indices)
-        self._shares = self._objective.shares(examples)
+        self._shares = self._objective.shares()
         return denominator
 
-    def shares(self, examples: Sequence[Example]) -> Sequence[int]:
+    def shares(self) -> Sequence[int]:
         """See `Objective.shares`."""
-        return self._objective.shares(examples)
+        return self._shares
 
     def see_step(self, logps: Tensor) -> None:
         """See `Objective.see_step`."""

@@ -38,9 +38,9 @@ class LabelledObjective:
         self._step = indices
         return len(indices)
 
-    def shares(self, examples: Sequence[Example]) -> Sequence[int]:
+    def shares(self) -> Sequence[int]:
         """One for each answer."""
-        return [1] * len(examples)
+        return [1] * len(self._step)
 
     def see_step(self, logps: Tensor) -> None:
         """Estimate the divergence from answers to other prompts."""

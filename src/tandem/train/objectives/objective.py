@@ -38,7 +38,7 @@ class Objective(Protocol):
         """
         ...
 
-    def shares(self, examples: Sequence[Example]) -> Sequence[int]:
+    def shares(self) -> Sequence[int]:
         """What each example of the step that began last adds to what `begin` returned."""
         ...
 

@@ -78,10 +78,10 @@ class PreferenceObjective:
         self._step_tokens = float(tokens.mean())
         return len(indices) if self._mixture.compared == "rows" else len(pairs.better)
 
-    def shares(self, examples: Sequence[Example]) -> Sequence[int]:
+    def shares(self) -> Sequence[int]:
         """Each example's pairs; one for each if rows are compared as a whole."""
         rows = self._mixture.compared == "rows"
-        return [1] * len(examples) if rows else self._pairs.counts.tolist()
+        return [1] * len(self._step) if rows else self._pairs.counts.tolist()
 
     def see_step(self, logps: Tensor) -> None:
         """Compute the losses' statistics of a step."""

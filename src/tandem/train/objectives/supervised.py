@@ -17,16 +17,18 @@ class SupervisedObjective:
 
     def __init__(self) -> None:
         self._sequences: Sequence[int] = ()  # of each of the step's examples
+        self._tokens: Sequence[int] = ()
 
     def begin(self, examples: Sequence[Example], indices: Sequence[int]) -> int:
         """The step's trained tokens."""
         del indices
         self._sequences = [len(example.branches) for example in examples]
-        return sum(self.shares(examples))
+        self._tokens = [trained_tokens(example) for example in examples]
+        return sum(self._tokens)
 
-    def shares(self, examples: Sequence[Example]) -> Sequence[int]:
+    def shares(self) -> Sequence[int]:
         """Each example's trained tokens."""
-        return [trained_tokens(example) for example in examples]
+        return self._tokens
 
     def see_step(self, logps: Tensor) -> None:
         """Not called: every token counts for itself."""
