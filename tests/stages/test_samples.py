@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tandem.cli.main import main
 from tandem.errors import UserError
+from tandem.model.generate import Sampling, generate_answers
 from tandem.model.load_model import load_adapter, load_model
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.samples_settings import SamplesSettings
@@ -19,6 +20,7 @@ from tandem.recipe.training_settings import SftSettings
 from tandem.report.html import write_report
 from tandem.stages.sft import run_sft
 from tandem.storage.atomic_files import read_json, read_jsonl
+from tandem.train.engines.spread_model import SpreadModel
 from tests.jobs import training_job
 
 from .made_inputs import QUIET, make_conversations
@@ -148,3 +150,15 @@ def test_what_cannot_be_asked_is_told_before_training(
         assert main(["run", str(recipe)]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "run" / "1-sft").exists()
+
+
+def test_a_model_that_keeps_state_is_refused_where_its_weights_are_spread() -> None:
+    class Mamba(torch.nn.Module):
+        _is_stateful, device = True, torch.device("cpu")
+
+    def refuse(error: UserError) -> NoReturn:
+        raise error
+
+    spread = SpreadModel(Mamba(), lambda work: work(), refuse)
+    with pytest.raises(UserError, match="samples: Mamba keeps state of its own across tokens"):
+        generate_answers(spread, [[1, 2]], stop_ids=[0], sampling=Sampling(4))

@@ -192,7 +192,10 @@ class Engine(ABC):
             )
             return self.processes.rank0_alone(ask)
         answers = generate_answers(
-            SpreadModel(self.model, self.compute), prompts, stop_ids=stop_ids, sampling=sampling
+            SpreadModel(self.model, self.compute, self.processes.raise_on_all),
+            prompts,
+            stop_ids=stop_ids,
+            sampling=sampling,
         )
         return answers if self.processes.is_rank0 else None
 
