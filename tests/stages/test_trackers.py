@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from tandem.cli.main import main
 from tandem.errors import UserError
 from tandem.integrations import trackers, tracking
 from tandem.pipeline.default_callbacks import default_callbacks
@@ -289,7 +290,10 @@ def test_one_that_works_again_gets_what_it_lacked(
 
 
 def test_what_cannot_work_is_told_before_training(
-    tracked: Tracked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tracked: Tracked,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_CONFIG_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -297,6 +301,13 @@ def test_what_cannot_work_is_told_before_training(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"not logged in to https://api\.wandb\.ai\. Run wandb log"):
         train(tracked.model, tmp_path / "out", trackers=("wandb",))
+    (tmp_path / "r.yaml").write_text(
+        f"name: r\nmodel: {tracked.model}\noutput_dir: run\nchat_template: neural-chat\n"
+        "trackers: wandb\nsft: {data: sft.jsonl, max_length: 128}\n"
+    )
+    assert main(["run", "r.yaml"]) == 2
+    assert "error: trackers: wandb is not logged in" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "1-sft").exists()
     (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password k\n")
     trackers.check_tracker("wandb")
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
