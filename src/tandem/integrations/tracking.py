@@ -97,6 +97,8 @@ class Tracking(Callback):
                 lost = f"{_in_words(tracker)} and has not got the summary ({tracker.error})"
                 run.log(f"warning: {lost}")
                 summary.setdefault("warnings", []).append(lost)
+        if self._open:
+            self._keep(run)
 
     def on_close(self, run: TrainingRun) -> None:
         """End the trackers' runs."""
@@ -128,6 +130,7 @@ class Tracking(Callback):
             tracker.waiting = [line for line in lines if line.place > tracker.got]
             new = tracker.known_as is None and run.state.step == 0
             self._send(run, tracker, silent=new)
+            self._keep(run)
             if tracker.error and new:
                 raise UserError(
                     f"trackers: {tracker.name} cannot be started ({tracker.error}). Mend it, or "
@@ -141,6 +144,8 @@ class Tracking(Callback):
             if line.place > tracker.got:
                 tracker.waiting.append(line)
             self._send(run, tracker)
+        if self._open:
+            self._keep(run)
 
     def _send(self, run: TrainingRun, tracker: _Tracker, *, silent: bool = False) -> None:
         """Start a tracker if need be, and send what waits for it, unless it failed just now."""
@@ -171,7 +176,6 @@ class Tracking(Callback):
             if tracker.error:
                 run.log(f"tracker {tracker.name} works again, and has what it lacked")
             tracker.error, tracker.pause, tracker.again_at = "", _PAUSE, 0.0
-        self._keep(run)
 
     def _start(self, run: TrainingRun, tracker: _Tracker) -> None:
         spec, job = TRACKERS[tracker.name], run.job
