@@ -20,6 +20,7 @@ from tandem.data.resolve_sources import check_format, held_out_of
 from tandem.data.sources.rows import count_sources, is_local, local_files
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.vocabulary import add_tokens, tokens_without_row
+from tandem.integrations.trackers import check_tracker
 from tandem.model.model_folder import (
     check_fetchable,
     check_lengths,
@@ -33,6 +34,7 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.recipe import Recipe, stages_of
 from tandem.recipe.training_settings import TrainingSettings
+from tandem.runtime.user_code import load_function
 from tandem.storage.atomic_files import read_json
 
 # A length limit where the model's own does not matter.
@@ -70,6 +72,7 @@ def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozense
     to_do = _works(recipe, wanted - finished)
     asked = recipe.model_copy(update=dict.fromkeys(sections - to_do))
     _check_optimizers(asked)
+    _check_watching(asked)
     _check_rows(asked)
     _check_trained(asked, begins=recipe.sft or recipe.dpo)
     # A training stage that comes first encodes its own data before anything else.
@@ -223,6 +226,16 @@ def _check_optimizers(asked: Recipe) -> None:
 
         for name in sorted(named):
             check_optimizer(name, pieces_of(asked.engine), asked.engine, device_of(asked))
+
+
+def _check_watching(asked: Recipe) -> None:
+    """Check the user's own callbacks, and trackers, if a stage is to be trained."""
+    if asked.sft is None and asked.dpo is None:
+        return
+    for name in asked.callbacks:
+        load_function(name, "callbacks")
+    for tracker in asked.trackers:
+        check_tracker(tracker)
 
 
 def _local(sources: Sequence[DataSource]) -> list[DataSource]:

@@ -171,10 +171,10 @@ def run_training(stage: TrainingStageName, job: TrainingJob, console: Console) -
     if stage == "sft":
         from tandem.stages.sft import run_sft
 
-        return run_sft(job, console, default_callbacks())
+        return run_sft(job, console, default_callbacks(job.run))
     from tandem.stages.dpo import run_dpo
 
-    return run_dpo(job, console, default_callbacks())
+    return run_dpo(job, console, default_callbacks(job.run))
 
 
 def _write_chain(planned: list[PipelineStage], root: Path, recipe: str | None) -> None:
