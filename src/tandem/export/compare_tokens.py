@@ -47,8 +47,8 @@ def compare_tokens(own: FileVocabulary, model: ChatModel) -> TokensCompared:
     elsewhere.
     """
     _compare_vocabulary(own, model)
-    _compare_ends(own, model)
     there = FileTokenizer(own)
+    _compare_ends(there, model)
     rendered = _compare_templates(own, there, model)
     remarks = _compare_texts(there, own, model)
     return TokensCompared(len(TEXTS), rendered, tuple(remarks))
@@ -132,15 +132,14 @@ def _compare_vocabulary(own: FileVocabulary, model: ChatModel) -> None:
         )
 
 
-def _compare_ends(own: FileVocabulary, model: ChatModel) -> None:
+def _compare_ends(there: FileTokenizer, model: ChatModel) -> None:
     ending = find_ending(model.tokenizer, model.template)
     if ending is None:
         raise UserError(
             f"chat template {model.template.name!r} does not end an answer with a token, so no "
             "program would know where one ends. Choose another --chat_template."
         )
-    ends = FileTokenizer(own).ends()
-    if ending.token_id not in ends:
+    if ending.token_id not in there.ends():
         raise UserError(
             f"the chat template ends an answer with {ending.token!r} ({ending.token_id}), and "
             "llama.cpp does not stop there with this file: neither eos_token_id nor eot_token_id "
