@@ -36,12 +36,13 @@ def _write(what: str, argv: list[str]) -> int:
     arguments = _write_parser(what).parse(argv)
     output = Path(arguments.output)
     announce(f"export {arguments.model} -> {output}")
-    from tandem.export.choices import ExportJob
+    from tandem.export.choices import ExportJob, check_request
     from tandem.export.converter import find_converter
     from tandem.model.base_model import check_model
     from tandem.runtime.console import notice_console, result_console
     from tandem.storage.run_folder import model_in_run
 
+    check_request(output)
     check_model(model_in_run(arguments.model))
     converter = None if arguments.converter is None else find_converter(arguments.converter)
     job = ExportJob(

@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from tandem.data.tokenize.chat_template import tokenize
-from tandem.errors import UserError
-from tandem.export.choices import ExportJob
+from tandem.export.choices import ExportJob, check_request
 from tandem.export.compare_tokens import (
     TokensCompared,
     compare_tokens,
@@ -27,7 +26,7 @@ from tandem.export.compare_weights import (
 )
 from tandem.export.converter import convert
 from tandem.export.families import family_of, remarks, settings_of
-from tandem.export.gguf_file import GgufFile, require_gguf
+from tandem.export.gguf_file import GgufFile
 from tandem.export.probes import CONVERSATIONS, TEXTS, sequences
 from tandem.export.source import SourceModel, read_source
 from tandem.export.vocabulary import FileVocabulary, vocabulary_of
@@ -68,9 +67,7 @@ def export_gguf(job: ExportJob, console: Console) -> Path:
     an output that exists, and a file that does not agree with the model.
     """
     report = reporter(console)
-    require_gguf("tandem export")
-    if job.output.exists():
-        raise UserError(f"{job.output} exists. Name another --output, or remove it.")
+    check_request(job.output)
     source = read_source(job.model, job.chat_template, report)
     began = time.perf_counter()
     write_compared(job, source, plan_vocabulary(job, source, report), job.output, console)
@@ -137,7 +134,7 @@ def write_compared(
 def check_gguf(path: Path, model: str, chat_template: str | None, console: Console) -> Compared:
     """Compare a GGUF file, whoever wrote it, with a model; raises UserError where they disagree."""
     report = reporter(console)
-    require_gguf("tandem export")
+    check_request(None)
     file = GgufFile(path)
     source = read_source(model, chat_template, report)
     for remark in remarks(source.config):

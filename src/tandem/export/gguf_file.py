@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.errors import UserError, require
+from tandem.errors import UserError
 from tandem.export.formats import UNPACKED, unpacked
 from tandem.export.vocabulary import FileVocabulary
 from tandem.model.model_folder import first_line
@@ -17,11 +17,6 @@ from tandem.model.model_folder import first_line
 _TOKENIZER = "tokenizer."
 _GGML = "tokenizer.ggml."
 _ALL = slice(None)
-
-
-def require_gguf(why: str) -> None:
-    """Raise UserError where the package gguf is not installed; `why` is what needs it."""
-    require("gguf", "gguf", why)
 
 
 class GgufFile:

@@ -10,11 +10,10 @@ from rich.console import Console
 
 from tandem.data.records import Turn
 from tandem.errors import UserError
-from tandem.export.choices import ExportJob
+from tandem.export.choices import ExportJob, check_request
 from tandem.export.compare_tokens import ChatModel, in_words, model_ids
 from tandem.export.export_gguf import plan_vocabulary, reporter, write_compared
 from tandem.export.file_tokenizer import FileTokenizer
-from tandem.export.gguf_file import require_gguf
 from tandem.export.go_template import KNOWN, known_templates, render_go
 from tandem.export.probes import CONVERSATIONS, PADDED
 from tandem.export.source import read_source
@@ -36,9 +35,7 @@ def export_ollama(job: ExportJob, console: Console) -> Path:
     writes.
     """
     report = reporter(console)
-    require_gguf("tandem export")
-    if job.output.exists():
-        raise UserError(f"{job.output} exists. Name another --output, or remove it.")
+    check_request(job.output)
     source = read_source(job.model, job.chat_template, report)
     vocabulary = plan_vocabulary(job, source, report)
     name, template = choose_template(vocabulary, source.chat)
