@@ -9,7 +9,11 @@ from rich.console import Console
 
 from tandem.cli.main import main
 from tandem.data.records import Turn
-from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
+from tandem.data.tokenize.chat_template import (
+    ChatTemplate,
+    resolve_template,
+    template_names,
+)
 from tandem.errors import UserError
 from tandem.export.choices import ExportJob
 from tandem.export.compare_tokens import ChatModel
@@ -20,11 +24,25 @@ from tandem.model.model_folder import load_tokenizer, model_folder
 
 from .test_gguf import said
 
+# The forms of Gemma 3 and Phi-4-mini for plain conversations.
+_OTHERS = {
+    "gemma": "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set ns.system = message['content'] + '\n\n' %}"
+    "{% else %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + "
+    "'\n' + (ns.system if loop.index0 < 2 and message['role'] == 'user' else '') + "
+    "message['content'] | trim + '<end_of_turn>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+    "phi": "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + "
+    "'<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+}
 
-@pytest.mark.parametrize("name", ["alpaca", "bare", "llama-2", "mistral", "neural-chat", "zephyr"])
+
+@pytest.mark.parametrize("name", [*template_names(), *_OTHERS])
 def test_shipped_templates_are_written_in_go(name: str) -> None:
     tokenizer = load_tokenizer(model_folder("demo:base"))
-    chat = ChatModel(tokenizer, resolve_template(tokenizer, name), (2,), len(tokenizer))
+    source = _OTHERS.get(name)
+    template = ChatTemplate(name, source) if source else resolve_template(tokenizer, name)
+    chat = ChatModel(tokenizer, template, (2,), len(tokenizer))
     own, _ = vocabulary_of(tokenizer, chat.template, chat.rows, "model")
     assert choose_template(own, chat)[0] == name
 

@@ -96,9 +96,16 @@ def plan_vocabulary(job: ExportJob, source: SourceModel, report: Report) -> File
     )
     for notice in (*notices, *remarks(source.config)):
         report(notice, "yellow")
-    vocabulary = settle_prefix(_named_for_phi3(vocabulary, source), source.chat)
-    compare_tokens(vocabulary, source.chat)
-    return vocabulary
+    named = _named_for_phi3(vocabulary, source)
+    if named.name != vocabulary.name:
+        report(
+            f"the file calls the model {named.name!r}: llama.cpp takes Phi-3's way with blanks "
+            "after special tokens from the name",
+            "yellow",
+        )
+    settled = settle_prefix(named, source.chat)
+    compare_tokens(settled, source.chat)
+    return settled
 
 
 def write_compared(

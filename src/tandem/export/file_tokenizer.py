@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tandem.errors import UserError
@@ -54,7 +55,7 @@ class FileTokenizer:
                 if kind == BYTE
             }
         elif vocabulary.model == "gpt2":
-            self._merged = _byte_level(vocabulary)
+            self._merged = _byte_level(vocabulary.tokens, vocabulary.merges, vocabulary.pre)
         else:
             raise UserError(
                 f"the file's tokenizer is of the kind {vocabulary.model!r}; gpt2 and llama are "
@@ -160,23 +161,23 @@ class FileTokenizer:
         return [self._bytes[byte] for byte in symbol.encode()]
 
 
-def _byte_level(vocabulary: FileVocabulary) -> Any:
+@lru_cache(maxsize=1)  # a large one takes seconds, and is asked for several times
+def _byte_level(tokens: tuple[str, ...], merges: tuple[str, ...], pre: str) -> Any:
     """The tokenizer of a file's merges, which cuts texts by llama.cpp's expressions."""
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel, Split
     from tokenizers.pre_tokenizers import Sequence as InOrder
 
-    cut = known(vocabulary.pre)
+    cut = known(pre)
     if cut is None:
         raise UserError(
-            f"the file's tokenizer.ggml.pre is {vocabulary.pre or 'missing'!r}; what llama.cpp "
+            f"the file's tokenizer.ggml.pre is {pre or 'missing'!r}; what llama.cpp "
             f"does then is not known here, so it cannot be compared. Known: {', '.join(KNOWN)}"
         )
-    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
-    merges = [_pair(merge) for merge in vocabulary.merges]
+    ids = {token: index for index, token in enumerate(tokens)}
     try:
-        model = BPE(ids, merges, ignore_merges=cut.whole_words)
+        model = BPE(ids, [_pair(merge) for merge in merges], ignore_merges=cut.whole_words)
     except Exception as error:  # a bare Exception of the library
         raise UserError(f"the file's merges do not fit its tokens: {error}") from None
     tokenizer = Tokenizer(model)
