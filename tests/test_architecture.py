@@ -28,13 +28,15 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": _TRAIN,
     "pairs": _TRAIN,
     "evaluate": _TRAIN,
+    "export": _GROUND | {"recipe", "runtime", "data", "model"},
     "stages": _TRAIN,
     "plan": _TRAIN | {"stages"},
     "report": _GROUND | {"losses"},
     "chat": _GROUND | {"data", "model"},
     "check": _GROUND | {"recipe", "runtime", "data", "model"},
     "pipeline": _TRAIN | {"pairs", "evaluate", "stages", "plan", "report"},
-    "cli": _TRAIN | {"pairs", "evaluate", "stages", "plan", "report", "chat", "check", "pipeline"},
+    "cli": _TRAIN
+    | {"pairs", "evaluate", "stages", "plan", "report", "chat", "check", "export", "pipeline"},
 }
 
 # Imports that run the wrong way, as (module, package), until the seam is there that removes them.
@@ -47,6 +49,7 @@ HOMES = {
         "data/batching/collate.py",
         "demo",
         "evaluate",
+        "export",
         "integrations",
         "losses",
         "model",
@@ -64,6 +67,7 @@ HOMES = {
     "tensorboard": {"integrations/trackers.py"},
     "bitsandbytes": {"model/quantize.py"},
     "deepspeed": {"integrations/deepspeed"},
+    "gguf": {"export"},
     "httpx2": {"integrations/chat_request.py"},
     "lm_eval": {"evaluate/harness.py"},
     "vllm": {"pairs/vllm_generator.py"},
