@@ -18,7 +18,7 @@ _TRAIN = _MODEL | {"train", "integrations"}
 # What each package may import from tandem, besides itself, `errors` and `wording`.
 ALLOWED: dict[str, set[str]] = {
     "storage": set(),
-    "losses": set(),
+    "losses": _GROUND | {"runtime"},
     "recipe": _GROUND | {"losses"},
     "runtime": _GROUND,
     "demo": _GROUND,
@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "chat": _GROUND | {"data", "model"},
     "check": _GROUND | {"recipe", "runtime", "data", "model"},
     "pipeline": _TRAIN | {"pairs", "evaluate", "stages", "plan", "report"},
+    "api": _TRAIN | {"pairs", "evaluate", "stages", "plan", "report", "chat", "check", "pipeline"},
     "cli": _TRAIN | {"pairs", "evaluate", "stages", "plan", "report", "chat", "check", "pipeline"},
 }
 

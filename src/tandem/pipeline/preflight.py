@@ -20,6 +20,7 @@ from tandem.data.resolve_sources import check_format, held_out_of
 from tandem.data.sources.rows import count_sources, is_local, local_files
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.vocabulary import add_tokens, tokens_without_row
+from tandem.losses.custom import is_custom
 from tandem.model.model_folder import (
     check_fetchable,
     check_lengths,
@@ -66,6 +67,7 @@ def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozense
     check_paths(recipe.model_copy(update=dict.fromkeys(sections - wanted)))
     asked = recipe.model_copy(update=dict.fromkeys(sections - (wanted - finished)))
     _check_optimizers(asked)
+    _check_losses(asked)
     _check_rows(asked)
     _check_trained(asked, begins=recipe.sft or recipe.dpo)
     # A training stage that comes first encodes its own data before anything else.
@@ -214,6 +216,14 @@ def _check_optimizers(asked: Recipe) -> None:
 
         for name in sorted(named):
             check_optimizer(name, pieces_of(asked.engine), asked.engine, device_of(asked))
+
+
+def _check_losses(asked: Recipe) -> None:
+    """Raise UserError for a loss of the user's own that could not be trained with."""
+    if asked.dpo is not None and any(map(is_custom, asked.dpo.losses)):
+        from tandem.train.objectives.mixture import check_losses
+
+        check_losses(asked.dpo)
 
 
 def _local(sources: Sequence[DataSource]) -> list[DataSource]:
