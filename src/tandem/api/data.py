@@ -97,7 +97,7 @@ def _is_one(data: Any) -> bool:
     """Whether data is a single data set, such as one list of rows, and no list of data sets."""
     if isinstance(data, str | PathLike | Mapping | DataSource | Source) or not _is_list(data):
         return True
-    return bool(data) and all(_is_row(item) for item in data)
+    return any(_is_row(item) for item in data)
 
 
 def _is_list(data: Any) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tandem.data.records import Turn
 from tandem.errors import UserError
 from tandem.recipe.choices import Role
+
+if TYPE_CHECKING:
+    from tandem.runtime.device import Device
 
 Messages = Sequence[Mapping[str, str]]
 _ROLES: tuple[Role, ...] = ("system", "user", "assistant")
@@ -21,7 +23,8 @@ class _Answerer:
     """A loaded model with all that it takes to ask it."""
 
     path: str
-    device: str
+    device: str  # as it was asked for
+    place: Device
     model: Any
     tokenizer: Any
     template: Any
@@ -34,11 +37,9 @@ _loaded: list[_Answerer] = []
 def forget_model() -> None:
     """Let go of the model that answered last, so that its memory is free."""
     if _loaded:
-        _loaded.clear()
+        place = _loaded.pop().place
         gc.collect()
-        torch: Any = sys.modules["torch"]
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        place.release_memory()
 
 
 def answers(
@@ -114,10 +115,10 @@ def _answerer(path: str, device: str) -> _Answerer:
     from tandem.integrations.choose import choose_device
     from tandem.model.load_model import load_for_inference
 
-    chosen = str(choose_device(device, "auto").torch_device)
-    model, tokenizer = load_for_inference(path, chosen)
+    place = choose_device(device, "auto")
+    model, tokenizer = load_for_inference(path, str(place.torch_device))
     model.eval()
     template = resolve_template(tokenizer, None)
     stop = list(dict.fromkeys([*stop_ids(tokenizer, template), *model_stop_ids(model)]))
-    _loaded.append(_Answerer(path, device, model, tokenizer, template, stop))
+    _loaded.append(_Answerer(path, device, place, model, tokenizer, template, stop))
     return _loaded[0]

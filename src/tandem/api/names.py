@@ -69,7 +69,6 @@ NOT_AS_TRL: dict[str, str] = {
     "deepspeed": _ENGINE,
     "fsdp": _ENGINE,
     "disable_tqdm": "write quiet=True",
-    "callbacks": "write on_step=FUNCTION, which is called with each logged line of metrics",
     "disable_dropout": "it always is in preference training; leave it out",
 }
 NOT_AS_PEFT: dict[str, str] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-_CHART_HEIGHT, _PAGE_HEIGHT = 290, 700
+_CHART_WIDTH, _CHART_HEIGHT, _PAGE_HEIGHT = 520, 310, 700  # pixels
 _WIDTH = 100  # columns of a text
 
 
@@ -48,7 +48,8 @@ def charts(figures: Iterable[tuple[str, str, str]]) -> str:
     if not drawn:
         return ""
     style = (files("tandem.report") / "page.css.jinja").read_text(encoding="utf-8")
-    grid = f'<div class="grid">{"".join(drawn)}</div>'
+    width = f"max-width:{_CHART_WIDTH * len(drawn)}px"
+    grid = f'<div class="grid" style="{width}">{"".join(drawn)}</div>'
     return frame(f"<!doctype html><style>{style}</style>{grid}", _CHART_HEIGHT)
 
 

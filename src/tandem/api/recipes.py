@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 from types import MappingProxyType
@@ -79,7 +79,7 @@ class RunResult:
     """A run: the stages that are finished, and what its evaluation found."""
 
     recipe: Recipe
-    quiet: bool = False
+    quiet: bool = field(default=False, repr=False, compare=False)  # whether merging prints nothing
 
     @property
     def folder(self) -> Path:

@@ -42,7 +42,7 @@ class Result:
 
     stage: StageName  # sft, sft-merge, dpo or dpo-merge
     recipe: Recipe  # the recipe that does the same, as far as this stage
-    quiet: bool = field(default=False, repr=False)  # whether merging prints nothing
+    quiet: bool = field(default=False, repr=False, compare=False)  # whether merging prints nothing
 
     @property
     def run_folder(self) -> Path:
