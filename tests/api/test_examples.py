@@ -64,7 +64,7 @@ def test_the_command_line_finds_its_stages_finished(
     said = capsys.readouterr().err
     finished = re.findall(r"(\S+) is finished with these inputs", said)
     assert [Path(folder).name for folder in finished] == ["1-sft", "2-sft-merged", "4-dpo"]
-    assert tandem.run("first.yaml", until="dpo", quiet=True).stages["dpo"] == names["dpo"]
+    assert tandem.run("my-recipe.yaml", until="dpo", quiet=True).stages["dpo"] == names["dpo"]
 
 
 def test_rows_and_weights_are_what_the_page_says(names: dict[str, Any]) -> None:

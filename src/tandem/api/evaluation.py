@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from tandem.api.data import Data
     from tandem.api.options import EvaluationOptions
+    from tandem.report.result_rows import Cell
 
 _FOLDER = "runs/evaluation"  # as `tandem eval` has it
 _OWN = ("questions", "pairs", "heldout")
@@ -97,6 +99,7 @@ class Evaluation(Mapping[str, Mapping[str, Any]]):
 
     figures: dict[str, Any] = field(repr=False)  # the content of evaluation.json
     folder: Path  # where it is kept
+    stages: bool = False  # whether the models are those of one run, each made of the one before
 
     def __getitem__(self, model: str) -> Mapping[str, Any]:
         """The figures of a model; `errors` has their standard errors."""
@@ -123,14 +126,12 @@ class Evaluation(Mapping[str, Mapping[str, Any]]):
 
     @property
     def text(self) -> str:
-        """The tables that `tandem eval` prints."""
-        from tandem.report import terminal_tables
-
-        notes = terminal_tables.comparison_notes(self.figures)
+        """The tables that `tandem eval` prints, or `tandem run` of a run's own evaluation."""
+        from tandem.report.terminal_tables import comparison_table, result_table
 
         def write(console: Console) -> None:
-            console.print(terminal_tables.comparison_table(self.figures))
-            for line in (*notes, *map(_warning, self.warnings)):
+            console.print((result_table if self.stages else comparison_table)(self.figures))
+            for line in self._notes():
                 console.print(line, markup=False, soft_wrap=True)
 
         return printed(write)
@@ -139,25 +140,30 @@ class Evaluation(Mapping[str, Mapping[str, Any]]):
         return self.text
 
     def _repr_html_(self) -> str:
-        from tandem.report.result_rows import compared_rows
-        from tandem.report.terminal_tables import comparison_notes
+        from tandem.report.result_rows import compared_rows, result_rows, shown_measures
         from tandem.result_warnings import MODEL_LABELS, model_names
 
-        names = model_names(self.figures)
-        rows = [
-            (
-                " ".join(filter(None, (row.measure.title, row.details))),
-                *(" ".join(filter(None, (c.text, c.arrow, c.change, c.note))) for c in row.cells),
-            )
-            for row in compared_rows(self.figures, "first")
-        ]
-        notes = [*comparison_notes(self.figures), *map(_warning, self.warnings)]
-        head = ["measure", *(MODEL_LABELS.get(name, name) for name in names)]
-        return table(rows, head) + table((note,) for note in notes)
+        if self.stages:
+            head = ["model", *(measure.title for measure in shown_measures(self.figures))]
+            rows = [(row.label, *map(_cell, row.cells)) for row in result_rows(self.figures)]
+        else:
+            names = model_names(self.figures)
+            head = ["measure", *(MODEL_LABELS.get(name, name) for name in names)]
+            rows = [
+                (f"{row.measure.title} {row.details}".strip(), *map(_cell, row.cells))
+                for row in compared_rows(self.figures, "first")
+            ]
+        return table(rows, head) + "".join(f"<p>{escape(note)}</p>" for note in self._notes())
+
+    def _notes(self) -> list[str]:
+        from tandem.report.terminal_tables import comparison_notes
+
+        notes = [] if self.stages else comparison_notes(self.figures)
+        return [*notes, *(f"warning: {text}" for text in self.warnings)]
 
 
-def _warning(text: str) -> str:
-    return f"warning: {text}"
+def _cell(cell: Cell) -> str:
+    return " ".join(filter(None, (cell.text, cell.arrow, cell.change, cell.note)))
 
 
 def _labelled(models: Model | Sequence[Model] | Mapping[str, Model]) -> dict[str, str]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from io import StringIO
+from math import ceil
 from pathlib import Path
 
 from rich.console import Console
 
 _CHART_WIDTH, _CHART_HEIGHT, _PAGE_HEIGHT = 520, 310, 700  # pixels
+_BESIDE = 2  # charts beside each other
 _WIDTH = 100  # columns of a text
 
 
@@ -33,6 +35,16 @@ class Page:
         return frame(self.path.read_text(encoding="utf-8"), _PAGE_HEIGHT)
 
 
+@dataclass(frozen=True)
+class Html:
+    """A piece of a page, which a notebook shows."""
+
+    text: str
+
+    def _repr_html_(self) -> str:
+        return self.text
+
+
 def frame(page: str, height: int) -> str:
     """Return a whole HTML page in a frame of its own, so that its styles stay its own."""
     attributes = f'width="100%" height="{height}" frameborder="0"'
@@ -48,9 +60,11 @@ def charts(figures: Iterable[tuple[str, str, str]]) -> str:
     if not drawn:
         return ""
     style = (files("tandem.report") / "page.css.jinja").read_text(encoding="utf-8")
-    width = f"max-width:{_CHART_WIDTH * len(drawn)}px"
+    width = f"max-width:{_CHART_WIDTH * min(len(drawn), _BESIDE)}px"
     grid = f'<div class="grid" style="{width}">{"".join(drawn)}</div>'
-    return frame(f"<!doctype html><style>{style}</style>{grid}", _CHART_HEIGHT)
+    return frame(
+        f"<!doctype html><style>{style}</style>{grid}", _CHART_HEIGHT * ceil(len(drawn) / _BESIDE)
+    )
 
 
 def table(rows: Iterable[Sequence[object]], head: Sequence[object] = ()) -> str:

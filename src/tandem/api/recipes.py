@@ -114,7 +114,7 @@ class RunResult:
         if not self._is_finished("evaluate"):
             return None
         folder = stage_folder(self.folder, "evaluate")
-        return Evaluation(read_json(folder / "evaluation.json"), folder)
+        return Evaluation(read_json(folder / "evaluation.json"), folder, stages=True)
 
     @property
     def recipe_yaml(self) -> str:
@@ -139,6 +139,7 @@ class RunResult:
 
     def _repr_html_(self) -> str:
         rows = [(name, result.folder) for name, result in self.stages.items()]
+        rows.append(("report", self.folder / "report.html"))
         evaluation = self.evaluation
         return table(rows) + ("" if evaluation is None else evaluation._repr_html_())
 

@@ -9,7 +9,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from tandem.errors import UserError
+from tandem.errors import UserError, nearest
 from tandem.recipe.choices import DtypeName, StageName, TrainingStageName
 from tandem.recipe.load_recipe import recipe_to_yaml
 from tandem.recipe.recipe import Recipe
@@ -27,7 +27,8 @@ from tandem.wording import count, duration
 
 if TYPE_CHECKING:
     from tandem.api.generation import Messages
-    from tandem.api.pages import Page
+    from tandem.api.pages import Html, Page
+    from tandem.report.training_section import Figure
 
 # Outputs that report what was done, beside those that make the model.
 _REPORTED = frozenset({"summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl"})
@@ -213,6 +214,23 @@ class Result:
         texts = answers(str(self.folder), self.recipe.device, questions, sampling)
         return texts if several else texts[0]
 
+    def charts(self, *titles: str) -> Html:
+        """Return charts of the report by their titles, all without any; a notebook shows them.
+
+        Raises UserError for a title that no chart of the stage has.
+        """
+        from tandem.api.pages import Html, charts
+
+        drawn = self._figures()
+        for title in titles:
+            if title not in drawn:
+                raise UserError(
+                    f"charts(): there is no chart {title!r}.{nearest(title, drawn)} "
+                    f"Charts: {', '.join(drawn)}"
+                )
+        chosen = [drawn[title] for title in titles or drawn]
+        return Html(charts((one.title, one.caption, one.svg) for one in chosen))
+
     def report(self) -> Page:
         """Write the run's report.html anew and return it; a notebook shows the page."""
         from tandem.api.pages import Page
@@ -252,19 +270,20 @@ class Result:
 
     def _repr_html_(self) -> str:
         from tandem.api.pages import charts, table
+
+        rows = [*self._facts(), *(("warning", text) for text in self.warnings)]
+        drawn = self._figures() if self.stage == self.trained and len(self.metrics) > 1 else {}
+        shown = [drawn[title] for title in ("Loss", "Reward margin") if title in drawn]
+        return table(rows) + charts((one.title, one.caption, one.svg) for one in shown)
+
+    def _figures(self) -> dict[str, Figure]:
+        """The charts of the training stage, by title."""
         from tandem.report.run_facts import read_run
         from tandem.report.training_section import curves
 
-        facts = [one for one in read_run(self.run_folder).stages if one.folder == self.folder]
-        shown = ("Loss", "Reward margin")
-        figures = [
-            (figure.title, figure.caption, figure.svg)
-            for stage in facts
-            for figure in curves(stage)
-            if figure.title in shown
-        ]
-        rows = [*self._facts(), *(("warning", text) for text in self.warnings)]
-        return table(rows) + charts(figures)
+        trained = stage_folder(self.run_folder, self.trained)
+        stages = [one for one in read_run(self.run_folder).stages if one.folder == trained]
+        return {figure.title: figure for stage in stages for figure in curves(stage)}
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = stage_folder(self.run_folder, self.trained) / name
