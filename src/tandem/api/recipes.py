@@ -90,9 +90,11 @@ class RunResult:
     def stages(self) -> dict[str, Result]:
         """The finished training stages and merges, by name, in the recipe's order."""
         return {
-            stage.name: until_its_stage(Result(stage.name, self.recipe, self.quiet))
-            for stage in stages_of(self.recipe)
-            if stage.name in _WITH_MODELS and self._is_finished(stage.name)
+            one.name: until_its_stage(
+                Result(one.stage.work, self.recipe, self.quiet, one.stage.round)
+            )
+            for one in stages_of(self.recipe)
+            if one.stage.work in _WITH_MODELS and _is_finished(one.folder)
         }
 
     @property
@@ -105,15 +107,16 @@ class RunResult:
 
     @property
     def pairs(self) -> Path | None:
-        """The file of preference pairs that the run made; None where it made none."""
-        return made_pairs(stage_folder(self.folder, "pairs"))
+        """The file of preference pairs that the run made last; None where it made none."""
+        folders = [one.folder for one in stages_of(self.recipe) if one.stage.work == "pairs"]
+        return next(filter(None, map(made_pairs, reversed(folders))), None)
 
     @property
     def evaluation(self) -> Evaluation | None:
         """What the evaluation found; None while it is not finished."""
-        if not self._is_finished("evaluate"):
-            return None
         folder = stage_folder(self.folder, "evaluate")
+        if not _is_finished(folder):
+            return None
         return Evaluation(read_json(folder / "evaluation.json"), folder, stages=True)
 
     @property
@@ -143,9 +146,10 @@ class RunResult:
         evaluation = self.evaluation
         return table(rows) + ("" if evaluation is None else evaluation._repr_html_())
 
-    def _is_finished(self, stage: StageName) -> bool:
-        manifest = read_manifest(stage_folder(self.folder, stage))
-        return manifest is not None and manifest["status"] == "finished"
+
+def _is_finished(folder: Path) -> bool:
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest["status"] == "finished"
 
 
 def plan(

@@ -22,7 +22,7 @@ from tandem.storage.atomic_files import (
 )
 from tandem.storage.hashing import hash_file
 from tandem.storage.manifest import read_manifest
-from tandem.storage.run_folder import stage_folder
+from tandem.storage.run_folder import Stage, stage_folder
 from tandem.wording import count, duration
 
 if TYPE_CHECKING:
@@ -44,6 +44,12 @@ class Result:
     stage: StageName  # sft, sft-merge, dpo or dpo-merge
     recipe: Recipe  # the recipe that does the same, as far as this stage
     quiet: bool = field(default=False, repr=False, compare=False)  # whether merging prints nothing
+    in_round: int = 1  # of a run that repeats its preference training
+
+    @property
+    def name(self) -> str:
+        """What `tandem run` calls the stage: `dpo`, and in the second round `dpo-2`."""
+        return Stage(self.stage, self.in_round).name
 
     @property
     def run_folder(self) -> Path:
@@ -53,7 +59,7 @@ class Result:
     @property
     def folder(self) -> Path:
         """The stage's own folder."""
-        return stage_folder(self.run_folder, self.stage)
+        return stage_folder(self.run_folder, self.stage, self.in_round)
 
     @property
     def trained(self) -> TrainingStageName:
@@ -70,7 +76,7 @@ class Result:
     @property
     def adapter(self) -> Path | None:
         """The folder of the adapter; None where all weights were trained."""
-        return None if self.settings.full else stage_folder(self.run_folder, self.trained)
+        return None if self.settings.full else self._trained_folder
 
     @property
     def model(self) -> Path | None:
@@ -266,7 +272,7 @@ class Result:
 
     def __repr__(self) -> str:
         facts = ", ".join(f"{name} {value}" for name, value in self._facts()[2:])
-        return f"<{self.stage} {self.folder}{': ' if facts else ''}{facts}>"
+        return f"<{self.name} {self.folder}{': ' if facts else ''}{facts}>"
 
     def _repr_html_(self) -> str:
         from tandem.api.pages import charts, table
@@ -276,22 +282,26 @@ class Result:
         shown = [drawn[title] for title in ("Loss", "Reward margin") if title in drawn]
         return table(rows) + charts((one.title, one.caption, one.svg) for one in shown)
 
+    @property
+    def _trained_folder(self) -> Path:
+        return stage_folder(self.run_folder, self.trained, self.in_round)
+
     def _figures(self) -> dict[str, Figure]:
         """The charts of the training stage, by title."""
         from tandem.report.run_facts import read_run
         from tandem.report.training_section import curves
 
-        trained = stage_folder(self.run_folder, self.trained)
-        stages = [one for one in read_run(self.run_folder).stages if one.folder == trained]
+        run = read_run(self.run_folder)
+        stages = [one for one in run.stages if one.folder == self._trained_folder]
         return {figure.title: figure for stage in stages for figure in curves(stage)}
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        path = stage_folder(self.run_folder, self.trained) / name
+        path = self._trained_folder / name
         return read_jsonl(path) if path.exists() else []
 
     def _facts(self) -> list[tuple[str, str]]:
         """What a table says of it, as (name, value)."""
-        rows = [("stage", str(self.stage)), ("folder", str(self.folder))]
+        rows = [("stage", self.name), ("folder", str(self.folder))]
         summary = self.summary if (self.folder / "summary.json").is_file() else {}
         if "steps" in summary:
             rows += [("steps", count(summary["steps"])), ("examples", count(summary["examples"]))]

@@ -41,6 +41,8 @@ _SECTIONS: Mapping[TrainingStageName, type[TrainingSettings]] = {
 # Keys of a run that describe the model it begins with, and the run itself.
 _OF_THE_MODEL = frozenset({"model", "model_revision", "chat_template", "added_tokens"})
 _OF_THE_RUN = frozenset({"name", "description", "output_dir"})
+# What a stage that continues a run leaves out of its recipe.
+_ALONE: Mapping[str, Any] = {"pairs": None, "evaluate": None, "rounds": 1}
 # Keys of a run that a stage's result depends on.
 _THAT_COUNT = ("model_revision", "chat_template", "added_tokens", "seed", "dtype", "quantization")
 _DIGITS = 8  # of a hash in a folder's name
@@ -162,7 +164,7 @@ def run_stage(result: Result, on_step: OnStep | None = None) -> Result:
     forget_model()
     callbacks = [] if on_step is None else [StepCallback(on_step)]
     run_pipeline(
-        result.recipe, start=result.stage, until=result.stage, console=console, callbacks=callbacks
+        result.recipe, start=result.name, until=result.name, console=console, callbacks=callbacks
     )
     return result
 
@@ -315,13 +317,13 @@ def _continued(start: Result, settings: TrainingSettings, run: RunSettings) -> R
                 f"dpo(): {key} is {own!r} in the run {start.run_folder}, which this stage becomes "
                 f"a part of; leave {key} out, or give the stage another output_dir"
             )
-    whole = before.model_copy(update={"dpo": settings, "pairs": None, "evaluate": None})
+    whole = before.model_copy(update={"dpo": settings, **_ALONE})
     return Recipe.model_validate(dict(whole))
 
 
 def until_its_stage(result: Result) -> Result:
     """A result whose recipe ends with its own stage."""
-    gone: dict[str, Any] = {"evaluate": None}
+    gone: dict[str, Any] = {"evaluate": None, "rounds": result.in_round}
     if result.trained == "sft":
         gone |= {"pairs": None, "dpo": None}
     return replace(result, recipe=result.recipe.model_copy(update=gone))

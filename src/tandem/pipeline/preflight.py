@@ -32,7 +32,7 @@ from tandem.model.model_folder import (
 )
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
-from tandem.recipe.recipe import Recipe
+from tandem.recipe.recipe import Recipe, stages_of
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.storage.atomic_files import read_json
 
@@ -55,17 +55,21 @@ def check_paths(recipe: Recipe, *, weights: bool = True) -> None:
 
 
 def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozenset()) -> None:
-    """Look for the local data and models that the `wanted` stages of a resolved recipe need.
+    """Look for the data, models and servers that the `wanted` stages of a resolved recipe need.
 
-    The data of those that are `finished` is not read again.
+    Stages are named as in `stages_of`. The data of those that are `finished` is not read again, and
+    a server is asked one question only if a stage that asks it is not.
 
     Raises UserError for local data that is not there, rows of a later stage that would stop it, a
     folder that is no model, lengths beyond the base model's context, adapters on layers that it
-    does not have, optimizers that do not fit the engine, and what `check_tokens` raises.
+    does not have, optimizers that do not fit the engine, a server that does not answer, and what
+    `check_tokens` raises.
     """
     sections = {"sft", "pairs", "dpo", "evaluate"}
-    check_paths(recipe.model_copy(update=dict.fromkeys(sections - wanted)))
-    asked = recipe.model_copy(update=dict.fromkeys(sections - (wanted - finished)))
+    needed = _works(recipe, wanted)
+    check_paths(recipe.model_copy(update=dict.fromkeys(sections - needed)))
+    to_do = _works(recipe, wanted - finished)
+    asked = recipe.model_copy(update=dict.fromkeys(sections - to_do))
     _check_optimizers(asked)
     _check_losses(asked)
     _check_rows(asked)
@@ -75,9 +79,14 @@ def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozense
     if asked.evaluate is not None:
         _check_tasks(asked.evaluate)
     if asked.pairs is not None:
-        from tandem.pairs.make_pairs import check_pairs
+        from tandem.pairs.check_pairs import check_pairs
 
         check_pairs(asked.pairs, recipe)
+
+
+def _works(recipe: Recipe, names: Set[str]) -> set[str]:
+    """What the stages of some names do, whatever their round."""
+    return {stage.stage.work for stage in stages_of(recipe) if stage.name in names}
 
 
 def _sources(asked: Recipe) -> list[DataSource]:

@@ -63,7 +63,8 @@ def load_pairs(name_or_path: str | None, overrides: Sequence[str]) -> Recipe:
     and if no model or server is named to write the answers.
     """
     if name_or_path is not None:
-        recipe = load_recipe(name_or_path, overrides)
+        # Its rounds have no effect here, and would refuse a model that is named.
+        recipe = load_recipe(name_or_path, [*overrides, "rounds=1"])
         if recipe.pairs is None:
             raise UserError(f"{name_or_path}: the recipe has no pairs section")
         named = recipe.sft is None

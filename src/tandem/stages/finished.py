@@ -44,6 +44,7 @@ from tandem.runtime.launch import launched
 from tandem.storage.folder_lock import check_free, folder_lock
 from tandem.storage.hashing import hash_bytes, hash_file, hash_json, hash_weights
 from tandem.storage.manifest import check_made, open_stage, read_manifest
+from tandem.storage.run_folder import run_of
 
 # Settings that do not change what is computed.
 _NOT_MATHEMATICS: Any = {
@@ -178,7 +179,7 @@ def training_is_finished(stage: str, job: TrainingJob, console: Console) -> bool
             local_files(source.path, source.split)
     if not _may_be_finished(job.folder):
         return False
-    device, folder, beside = device_names(run), model_folder(run.model), job.folder.parent
+    device, folder, beside = device_names(run), model_folder(run.model), run_of(job.folder)
     tokenizer = read_light_tokenizer(folder)
     if tokenizer is None:
         return False

@@ -43,6 +43,7 @@ from tandem.storage.atomic_files import atomic_write_json, read_jsonl
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_json
 from tandem.storage.manifest import check_made, finish_stage, open_stage, start_stage
+from tandem.storage.run_folder import run_of
 from tandem.train.callbacks.callback import Callback, TrainingRun
 from tandem.train.callbacks.held_out_evaluation import best_adapters, why_best_is_gone
 from tandem.train.checkpoint import CheckpointStore, RunState, forget_after
@@ -106,7 +107,7 @@ def _look_up(
     """Find the model and the data that a job names; raises UserError for what cannot be used."""
     processes, settings, run = engine.processes, job.settings, job.run
     folder = processes.rank0_first(lambda: model_folder(run.model, run.model_revision))
-    beside = job.folder.parent
+    beside = run_of(job.folder)
     sources = processes.rank0_first(lambda: resolve_sources(settings.data, beside, run.seed))
     held_out = processes.rank0_first(lambda: held_out_sources(settings, sources, beside, run.seed))
     processes.on_rank0(
