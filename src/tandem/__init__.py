@@ -6,6 +6,7 @@ commands start at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from tandem.recipe.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
+
+# In a notebook torch is often imported before tandem's first call, which sets this otherwise, see
+# `api/session.py`: with another program on one of the cores, training takes many times as long.
+if "ipykernel" in sys.modules or hasattr(sys, "ps1"):
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # The module of each public name.
 _HOMES = {

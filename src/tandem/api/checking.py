@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tandem.api.data import named_data
 from tandem.api.pages import preformatted, printed
 from tandem.api.recipes import AnyRecipe, loaded_recipe
-from tandem.api.result import Model, Result
+from tandem.api.result import Model, path_of
 from tandem.api.session import open_console, require_alone
 from tandem.api.training import validated
 from tandem.errors import UserError
@@ -134,8 +133,7 @@ def _chat(
     template = chat_template or (recipe.chat_template if recipe else None)
     added = recipe.added_tokens if recipe else ()
     if model is not None:
-        path = str(model.folder) if isinstance(model, Result) else fspath(model)
-        return stage_chat(path, None, template, added)
+        return stage_chat(path_of(model, "check"), None, template, added)
     assert recipe is not None
     first = recipe.sft or recipe.dpo
     full = first is not None and first.full

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
@@ -71,15 +72,43 @@ class NamedData:
             return self.title
         return Path(str(self.settings["path"]).partition(":")[2] or self.settings["path"]).stem
 
+    def file_in(self, folder: Path) -> Path | None:
+        """Where its rows are in a folder of data; None for data that has a path of its own."""
+        if self.rows is None:
+            return None
+        return folder / f"{self.title}-{self.digest[:_DIGITS]}.jsonl"
+
     def in_folder(self, folder: Path, call: str) -> dict[str, Any]:
         """Its keys in a recipe; rows are written into `folder` unless they are there."""
-        if self.rows is None:
+        path = self.file_in(folder)
+        if path is None or self.rows is None:
             return dict(self.settings)
-        path = folder / f"{self.title}-{self.digest[:_DIGITS]}.jsonl"
         if not path.is_file() or hash_file(path) != self.digest:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_parts(path, _lines(self.rows, call))
         return {**self.settings, "path": str(path)}
+
+
+@contextmanager
+def rows_written(
+    pieces: Iterable[NamedData], folder: Path, started: Callable[[], bool]
+) -> Iterator[None]:
+    """Surround what writes rows into `folder` and uses them: without a use, nothing stays.
+
+    `started` says after an error whether anything was begun that needs the rows.
+    """
+    files = [file for piece in pieces if (file := piece.file_in(folder)) and not file.exists()]
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except UserError:
+        if not started():
+            for file in files:
+                file.unlink(missing_ok=True)
+            for place in missing:
+                with suppress(OSError):  # it is no longer empty, or was not made
+                    place.rmdir()
+        raise
 
 
 def named_data(data: Any, call: str) -> list[NamedData]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import islice
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -14,7 +14,7 @@ from tandem.api.data import named_data
 from tandem.api.generation import forget_model
 from tandem.api.names import by_own_names
 from tandem.api.pages import printed, table
-from tandem.api.result import Model, Result
+from tandem.api.result import Model, path_of
 from tandem.api.session import open_console, prepare, require_alone
 from tandem.api.training import validated
 from tandem.errors import UserError
@@ -169,11 +169,11 @@ def _cell(cell: Cell) -> str:
 def _labelled(models: Model | Sequence[Model] | Mapping[str, Model]) -> dict[str, str]:
     """The models' paths by their names in tables."""
     if isinstance(models, Mapping):
-        return {label: model_in_run(fspath(model)) for label, model in models.items()}
-    listed = [models] if isinstance(models, str | PathLike | Result) else list(models)
+        return {label: model_in_run(path_of(model, "evaluate")) for label, model in models.items()}
+    listed: list[Any] = [*models] if isinstance(models, list | tuple) else [models]
     if not listed:
         raise UserError("evaluate(): no models are given; give results, folders or Hub ids")
-    paths = [model_in_run(fspath(model)) for model in listed]
+    paths = [model_in_run(path_of(model, "evaluate")) for model in listed]
     return dict(zip(labels_of(paths), paths, strict=True))
 
 

@@ -38,6 +38,7 @@ _WITH_MODELS: tuple[StageName, ...] = ("sft", "sft-merge", "dpo", "dpo-merge")
 
 def run(
     recipe: AnyRecipe,
+    changes: Mapping[str, Any] = MappingProxyType({}),
     *,
     until: str | None = None,
     start: str | None = None,
@@ -49,19 +50,20 @@ def run(
 
     Args:
         recipe: a shipped recipe's name, a YAML file, a run's folder, or a recipe.
+        changes: keys of the recipe with new values: `{"dpo.beta": 0.05}`, or
+            `{"dpo": {"beta": 0.05}}`, which changes this key of the section.
         until: the last stage to run, such as `sft`; None: all.
         start: the first stage to run; those before it must be finished.
         quiet: print no progress.
         on_step: called with each logged line of metrics; ends the run if it returns "stop".
-        overrides: keys of the recipe with new values: `**{"dpo.beta": 0.05}`, or
-            `dpo={"beta": 0.05}`, which changes this key of the section.
+        overrides: the same as keyword arguments: `dpo={"beta": 0.05}`, `seed=3`.
 
     Raises UserError for mistakes, before anything is trained, and Stopped after an interruption.
     """
     from tandem.api.step_callback import StepCallback
     from tandem.pipeline.run_pipeline import run_pipeline
 
-    loaded = loaded_recipe(recipe, overrides)
+    loaded = loaded_recipe(recipe, {**changes, **overrides})
     output_folder(Path(loaded.output_dir), "output_dir")
     console = open_console(quiet=quiet)
     prepare(loaded, console)
@@ -154,6 +156,7 @@ def _is_finished(folder: Path) -> bool:
 
 def plan(
     recipe: AnyRecipe,
+    changes: Mapping[str, Any] = MappingProxyType({}),
     *,
     processes: int = 1,
     download: bool = False,
@@ -165,6 +168,7 @@ def plan(
     Args:
         recipe: a shipped recipe's name, a YAML file, a run's folder, or a recipe, such as that of
             a result.
+        changes: as for `run`.
         processes: in how many it would run.
         download: whether data sets of the Hub may be fetched.
         quiet: print no progress.
@@ -178,7 +182,7 @@ def plan(
     require_alone("plan")
     if processes < 1:
         raise UserError(f"plan(): processes is {processes}; it must be at least 1")
-    loaded = loaded_recipe(recipe, overrides)
+    loaded = loaded_recipe(recipe, {**changes, **overrides})
     console = open_console(quiet=quiet)
     prepare(loaded, console)
     check_paths(loaded.model_copy(update={"pairs": None, "evaluate": None}), weights=False)
@@ -217,6 +221,11 @@ def loaded_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] = MappingProxy
     texts = [f"{key}={_text(key, value)}" for key, value in _flat(overrides, Recipe)]
     if isinstance(recipe, Recipe):
         return changed_recipe(recipe, texts)
+    if not isinstance(recipe, str | PathLike):
+        raise UserError(
+            f"a recipe is a name, a file or a folder, or the recipe of a result, and this is a "
+            f"{type(recipe).__name__}"
+        )
     return load_recipe(fspath(recipe), texts)
 
 

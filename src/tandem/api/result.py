@@ -314,6 +314,16 @@ class Result:
         return rows
 
 
+def path_of(model: Any, call: str) -> str:
+    """A model's folder or Hub id; raises UserError for an object that is loaded already."""
+    if isinstance(model, str | PathLike):
+        return fspath(model)
+    raise UserError(
+        f"{call}(): the model is a {type(model).__name__}; give a Hub id, a folder or a result, "
+        "which is loaded as it is needed"
+    )
+
+
 def _is_copy(path: Path, of: Path) -> bool:
     return path.is_file() and hash_file(path) == hash_file(of)
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from pydantic import BaseModel, ValidationError
 
-from tandem.api.data import NamedData, named_data
+from tandem.api.data import NamedData, named_data, rows_written
 from tandem.api.generation import forget_model
 from tandem.api.names import NOT_AS_TRL, SAME_AS_TRL, by_own_names
-from tandem.api.result import Model, OnStep, Result
+from tandem.api.result import Model, OnStep, Result, path_of
 from tandem.api.session import open_console, prepare
 from tandem.errors import UserError
 from tandem.losses.custom import give_loss
@@ -26,7 +26,7 @@ from tandem.recipe.run_settings import RunSettings
 from tandem.recipe.training_settings import SftSettings, TrainingSettings
 from tandem.stages.finished import settings_that_count
 from tandem.storage.hashing import hash_json
-from tandem.storage.run_folder import output_folder
+from tandem.storage.run_folder import output_folder, stage_folder
 
 if TYPE_CHECKING:
     from tandem.api.data import Data
@@ -142,13 +142,14 @@ def _train(
     start = _start(model, stage)
     run = _run_settings(start, of_run, stage)
     folder = _folder(output_dir, start, (stage, draft, pieces, held_out), run)
-    beside = folder / "data"
-    written = [piece.in_folder(beside, stage) for piece in pieces]
-    if held_out is not None:
-        scored = [piece.in_folder(beside, stage) for piece in held_out]
-    settings = _settings(stage, named, written, scored)
-    recipe = _recipe(start, stage, settings, run.model_copy(update={"output_dir": str(folder)}))
-    return run_stage(Result(stage, recipe, extras.quiet), extras.on_step)
+    beside, of_stage = folder / "data", stage_folder(folder, stage)
+    with rows_written([*pieces, *(held_out or ())], beside, of_stage.exists):
+        written = [piece.in_folder(beside, stage) for piece in pieces]
+        if held_out is not None:
+            scored = [piece.in_folder(beside, stage) for piece in held_out]
+        settings = _settings(stage, named, written, scored)
+        recipe = _recipe(start, stage, settings, run.model_copy(update={"output_dir": str(folder)}))
+        return run_stage(Result(stage, recipe, extras.quiet), extras.on_step)
 
 
 def run_stage(result: Result, on_step: OnStep | None = None) -> Result:
@@ -231,7 +232,7 @@ def _plain(value: Any) -> Any:
 def _start(model: Model, stage: str) -> str | Result:
     """What a stage starts from; raises UserError for an adapter, which is no whole model."""
     if not isinstance(model, Result):
-        return fspath(model)
+        return path_of(model, stage)
     if model.model is None:
         raise UserError(
             f"{stage}(): {model.folder} is an adapter, and training starts from a whole model. "
