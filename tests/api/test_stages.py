@@ -317,6 +317,17 @@ def test_a_loss_that_cannot_be_is_refused_before_anything_is_computed(
     assert set((home / "runs").glob("*/4-dpo")) == before
 
 
+def test_a_recipe_that_names_a_function_is_read_without_it(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "unread.py").write_text("raise SystemExit('imported')\n")
+    assert main(["run", "demo", "dpo.loss=unread:loss", "--dry-run"]) == 0
+    assert "  loss: unread:loss\n" in capsys.readouterr().out
+    assert main(["run", "demo", "dpo.loss=none_such:loss", "output_dir=nothing"]) == 2
+    assert "loss: there is no module none_such" in capsys.readouterr().err
+    assert not (home / "nothing").exists()
+
+
 def test_a_loss_that_depends_on_variables_around_it_is_refused(sft: tandem.Result) -> None:
     gamma = 0.5
 
