@@ -18,6 +18,7 @@ SAME_AS_TRL: dict[str, str] = {
     "lr_scheduler_type": "lr_scheduler",
     "neftune_noise_alpha": "neftune_alpha",
     "torch_compile": "compile",
+    "report_to": "trackers",
 }
 # peft's names of an adapter's settings that have another name here.
 SAME_AS_PEFT: dict[str, str] = {

@@ -24,6 +24,7 @@ from tandem.recipe.choices import (
     SftLoss,
     Suite,
     TooLong,
+    TrackerName,
 )
 from tandem.recipe.lora_settings import LoraSettings
 
@@ -68,6 +69,7 @@ class SftOptions(TypedDict, total=False):
     keep: KeptAdapter
     best_metric: Literal["loss"]
     early_stopping: Mapping[str, Any] | None
+    samples: Mapping[str, Any] | None
     on_bad_record: OnBadRecord
     loss: SftLoss
     loss_on: LossOn
@@ -86,11 +88,16 @@ class SftOptions(TypedDict, total=False):
     timeout_minutes: int
     quantization: Quantization | None
     compile: bool
+    callbacks: Sequence[str]
+    trackers: Sequence[TrackerName]
+    tracker_project: str | None
+    tracker_run: str | None
     hpu: Mapping[str, Any]
     num_train_epochs: float | None
     lr_scheduler_type: Scheduler
     neftune_noise_alpha: float | None
     torch_compile: bool
+    report_to: Sequence[TrackerName]
 
 
 class DpoOptions(TypedDict, total=False):
@@ -131,6 +138,7 @@ class DpoOptions(TypedDict, total=False):
     keep: KeptAdapter
     best_metric: BestMetric
     early_stopping: Mapping[str, Any] | None
+    samples: Mapping[str, Any] | None
     on_bad_record: OnBadRecord
     loss: Loss
     beta: float
@@ -159,10 +167,15 @@ class DpoOptions(TypedDict, total=False):
     timeout_minutes: int
     quantization: Quantization | None
     compile: bool
+    callbacks: Sequence[str]
+    trackers: Sequence[TrackerName]
+    tracker_project: str | None
+    tracker_run: str | None
     hpu: Mapping[str, Any]
     num_train_epochs: float | None
     lr_scheduler_type: Scheduler
     torch_compile: bool
+    report_to: Sequence[TrackerName]
 
 
 class LoraOptions(TypedDict, total=False):

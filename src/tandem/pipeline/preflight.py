@@ -20,6 +20,7 @@ from tandem.data.resolve_sources import check_format, held_out_of
 from tandem.data.sources.rows import count_sources, is_local, local_files
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.vocabulary import add_tokens, tokens_without_row
+from tandem.integrations.trackers import check_tracker
 from tandem.losses.custom import is_custom
 from tandem.model.model_folder import (
     check_fetchable,
@@ -34,6 +35,7 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
 from tandem.recipe.recipe import Recipe, stages_of
 from tandem.recipe.training_settings import TrainingSettings
+from tandem.runtime.user_code import load_function
 from tandem.storage.atomic_files import read_json
 
 # A length limit where the model's own does not matter.
@@ -72,6 +74,7 @@ def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozense
     asked = recipe.model_copy(update=dict.fromkeys(sections - to_do))
     _check_optimizers(asked)
     _check_losses(asked)
+    _check_watching(asked)
     _check_rows(asked)
     _check_trained(asked, begins=recipe.sft or recipe.dpo)
     # A training stage that comes first encodes its own data before anything else.
@@ -233,6 +236,16 @@ def _check_losses(asked: Recipe) -> None:
         from tandem.train.objectives.mixture import check_losses
 
         check_losses(asked.dpo)
+
+
+def _check_watching(asked: Recipe) -> None:
+    """Check the user's own callbacks, and trackers, if a stage is to be trained."""
+    if asked.sft is None and asked.dpo is None:
+        return
+    for name in asked.callbacks:
+        load_function(name, "callbacks")
+    for tracker in asked.trackers:
+        check_tracker(tracker)
 
 
 def _local(sources: Sequence[DataSource]) -> list[DataSource]:

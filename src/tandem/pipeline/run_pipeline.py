@@ -191,10 +191,10 @@ def run_training(
     if stage == "sft":
         from tandem.stages.sft import run_sft
 
-        return run_sft(job, console, [*default_callbacks(), *callbacks])
+        return run_sft(job, console, [*default_callbacks(job.run), *callbacks])
     from tandem.stages.dpo import run_dpo
 
-    return run_dpo(job, console, [*default_callbacks(), *callbacks])
+    return run_dpo(job, console, [*default_callbacks(job.run), *callbacks])
 
 
 def _write_chain(planned: list[PipelineStage], root: Path, recipe: str | None) -> None:

@@ -102,6 +102,7 @@ def _section(stage: StageFacts) -> dict[str, Any]:
         "ledger": training_section.ledger_counts(stage),
         "reasons": training_section.ledger_reasons(stage),
         "ledger_lines": stage.ledger,
+        "answered": training_section.answered_prompts(stage),
     }
 
 

@@ -29,8 +29,8 @@ from tandem.wording import chosen_collapse
 
 # Outputs of stages that a page shows, in part or whole.
 _SHOWN = (
-    "summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl", "pairs.jsonl",
-    "pairs.parquet", "evaluation.json",
+    "summary.json", "metrics.jsonl", "validation.jsonl", "samples.jsonl", "data-ledger.jsonl",
+    "pairs.jsonl", "pairs.parquet", "evaluation.json",
 )  # fmt: skip
 # The stages of each section of a recipe.
 _SECTION_STAGES: dict[str, tuple[StageName, ...]] = {
@@ -59,6 +59,7 @@ class StageFacts:
     problems: tuple[str, ...]
     validation: tuple[Mapping[str, Any], ...] = ()
     in_round: int = 1
+    samples: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def status(self) -> str:
@@ -222,6 +223,7 @@ def _read_stage(folder: Path, known: Stage | None) -> StageFacts:
         metrics=metrics,
         ledger=_lines(folder / "data-ledger.jsonl", problems, LEDGER_LINES_SHOWN),
         validation=_lines(folder / "validation.jsonl", problems),
+        samples=_lines(folder / "samples.jsonl", problems),
         problems=tuple(problems),
         in_round=known.round if known else 1,
     )

@@ -54,6 +54,7 @@ _NOT_MATHEMATICS: Any = {
     "save_total_limit": True,
     "gradient_checkpointing": True,
     "max_dropped": True,
+    "samples": True,
     "validation": {"data"},
     "lora": {"from"},
 }

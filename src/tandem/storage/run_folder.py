@@ -113,6 +113,15 @@ def run_of(folder: Path) -> Path:
     return above.parent if _ROUND_FOLDER.fullmatch(above.name) else above
 
 
+def stage_at(folder: Path) -> Stage | None:
+    """Return the stage whose folder in a run has this name and place; None for another folder."""
+    works = {FOLDERS[work].name: work for work in STAGES}
+    if folder.name not in works:
+        return None
+    found = _ROUND_FOLDER.fullmatch(folder.parent.name)
+    return Stage(works[folder.name], int(found[1]) if found else 1)
+
+
 def pairs_file(folder: Path, name: str, kind: str) -> Path:
     """Return the file of pairs: `name` is pairs or heldout, `kind` jsonl or parquet."""
     return folder / f"{name}.{kind}"
