@@ -17,6 +17,10 @@ class TandemError(Exception):
     exit_code = 1
     reported = False
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows: the message alone, as a terminal does."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class UserError(TandemError):
     """A user's mistake; the message says what happened, where (file, row or key) and what to do."""

@@ -21,6 +21,7 @@ from tandem.data.sources.rows import count_sources, is_local, local_files
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.vocabulary import add_tokens, tokens_without_row
 from tandem.integrations.trackers import check_tracker
+from tandem.losses.custom import is_custom
 from tandem.model.model_folder import (
     check_fetchable,
     check_lengths,
@@ -72,6 +73,7 @@ def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozense
     to_do = _works(recipe, wanted - finished)
     asked = recipe.model_copy(update=dict.fromkeys(sections - to_do))
     _check_optimizers(asked)
+    _check_losses(asked)
     _check_watching(asked)
     _check_rows(asked)
     _check_trained(asked, begins=recipe.sft or recipe.dpo)
@@ -226,6 +228,14 @@ def _check_optimizers(asked: Recipe) -> None:
 
         for name in sorted(named):
             check_optimizer(name, pieces_of(asked.engine), asked.engine, device_of(asked))
+
+
+def _check_losses(asked: Recipe) -> None:
+    """Raise UserError for a loss of the user's own that could not be trained with."""
+    if asked.dpo is not None and any(map(is_custom, asked.dpo.losses)):
+        from tandem.train.objectives.mixture import check_losses
+
+        check_losses(asked.dpo)
 
 
 def _check_watching(asked: Recipe) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -27,17 +28,26 @@ from tandem.storage.manifest import NAME as MANIFEST
 from tandem.storage.manifest import check_outputs, read_manifest, versions
 from tandem.storage.run_folder import model_in_run, stages_in
 
+if TYPE_CHECKING:
+    from tandem.train.callbacks.callback import Callback
+
 # What a run writes beside its stages' folders.
 _ROOT_FILES = (MANIFEST, "recipe.yaml", "report.html")
 
 
 def run_pipeline(
-    recipe: Recipe, *, until: str | None, start: str | None, console: Console
+    recipe: Recipe,
+    *,
+    until: str | None,
+    start: str | None,
+    console: Console,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any] | None:
     """Run a recipe's stages from `start` to `until`; finished ones are recognised, others resumed.
 
     The stages before `start` must be finished. All processes of a launcher call it: they train
-    together, and rank 0 alone does the rest.
+    together, and rank 0 alone does the rest. The callbacks are called in the training stages, after
+    the default ones.
 
     Returns what the evaluation found, in rank 0. Raises UserError for stages that the recipe lacks,
     and what the stages raise.
@@ -59,7 +69,7 @@ def run_pipeline(
                 continue
             console.rule(f"{number}/{len(planned)} {stage.name}: {stage.note}", align="left")
             finished_before = processes.on_rank0(partial(_is_finished, stage))
-            run = partial(_run_stage, recipe, stage, console)
+            run = partial(_run_stage, recipe, stage, console, callbacks)
             # All processes train; rank 0 does the rest while the others wait.
             result = run() if stage.stage.work in TRAINING_STAGES else processes.rank0_alone(run)
             processes.on_rank0(partial(_record, recipe, planned, stage, new=not finished_before))
@@ -139,13 +149,15 @@ def _check_root(root: Path) -> None:
     )
 
 
-def _run_stage(recipe: Recipe, stage: PipelineStage, console: Console) -> Any:
+def _run_stage(
+    recipe: Recipe, stage: PipelineStage, console: Console, callbacks: Sequence[Callback]
+) -> Any:
     """Run one stage of a recipe, importing its modules; returns what an evaluation measured."""
     work, in_round = stage.stage.work, stage.stage.round
     if work == "sft":
-        return run_training("sft", jobs.sft_job(recipe), console)
+        return run_training("sft", jobs.sft_job(recipe), console, callbacks)
     if work == "dpo":
-        return run_training("dpo", jobs.dpo_job(recipe, in_round), console)
+        return run_training("dpo", jobs.dpo_job(recipe, in_round), console, callbacks)
     if work == "pairs":
         from tandem.pairs.make_pairs import make_pairs
 
@@ -162,8 +174,16 @@ def _run_stage(recipe: Recipe, stage: PipelineStage, console: Console) -> Any:
     return None
 
 
-def run_training(stage: TrainingStageName, job: TrainingJob, console: Console) -> Path:
-    """Run SFT or DPO unless it is finished; torch is imported only if there is something to do."""
+def run_training(
+    stage: TrainingStageName,
+    job: TrainingJob,
+    console: Console,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
+    """Run SFT or DPO unless it is finished; torch is imported only if there is something to do.
+
+    The callbacks are called after the default ones.
+    """
     if training_is_finished(stage, job, console):
         return job.folder
     from tandem.pipeline.default_callbacks import default_callbacks
@@ -171,10 +191,10 @@ def run_training(stage: TrainingStageName, job: TrainingJob, console: Console) -
     if stage == "sft":
         from tandem.stages.sft import run_sft
 
-        return run_sft(job, console, default_callbacks(job.run))
+        return run_sft(job, console, [*default_callbacks(job.run), *callbacks])
     from tandem.stages.dpo import run_dpo
 
-    return run_dpo(job, console, default_callbacks(job.run))
+    return run_dpo(job, console, [*default_callbacks(job.run), *callbacks])
 
 
 def _write_chain(planned: list[PipelineStage], root: Path, recipe: str | None) -> None:

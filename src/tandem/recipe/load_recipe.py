@@ -49,6 +49,13 @@ def load_recipe(
     return _checked(data, where, lines, overrides, kind)
 
 
+def changed_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Return a recipe with some values changed; raises UserError as `load_recipe` does."""
+    if not overrides:
+        return recipe
+    return _checked(recipe.model_dump(mode="json"), f"recipe {recipe.name}", {}, overrides)
+
+
 def load_pairs(name_or_path: str | None, overrides: Sequence[str]) -> Recipe:
     """Read a recipe of which only the pairs section and the settings of the run matter.
 

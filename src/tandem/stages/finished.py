@@ -24,6 +24,7 @@ from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.light_tokenizer import read_light_tokenizer
 from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens
 from tandem.integrations.choose import device_names, idle_settings
+from tandem.losses.custom import is_custom, lasting_name
 from tandem.model.base_model import trained_weights
 from tandem.model.lora.adapter_config import read_config_values
 from tandem.model.model_folder import (
@@ -34,6 +35,7 @@ from tandem.model.model_folder import (
     require_model,
 )
 from tandem.recipe.data_source import DataSource
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.jobs import MergeJob, TrainingJob
 from tandem.recipe.lora_settings import FIXED
 from tandem.recipe.training_settings import TrainingSettings
@@ -108,7 +110,7 @@ def training_inputs(
             "hash": hash_bytes(template.source.encode()),
             **({"named": hash_json(template.named)} if template.named else {}),
         },
-        "settings": _that_count(job.settings),
+        "settings": settings_that_count(job.settings),
         "seed": run.seed,
         "dtype": dtype,
     }
@@ -125,8 +127,8 @@ def _started(settings: TrainingSettings) -> dict[str, Any]:
     return {"adapter": {"weights": hash_weights(folder), "config": hash_json(said)}}
 
 
-def _that_count(settings: TrainingSettings) -> dict[str, Any]:
-    """The settings that change what is computed, by key."""
+def settings_that_count(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings that change what is computed, by key; functions go by their text."""
 
     def keep(section: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
         kept = {}
@@ -140,7 +142,11 @@ def _that_count(settings: TrainingSettings) -> dict[str, Any]:
     exclude = _NOT_MATHEMATICS
     if settings.lora.start is not None:
         exclude = exclude | {"lora": {"from", *FIXED}}
-    return keep(settings, settings.model_dump(mode="json", exclude=exclude))
+    kept = keep(settings, settings.model_dump(mode="json", exclude=exclude))
+    if isinstance(settings, DpoSettings) and any(map(is_custom, settings.losses)):
+        named = {lasting_name(name): weight for name, weight in settings.losses.items()}
+        kept["loss"] = next(iter(named)) if isinstance(settings.loss, str) else named
+    return kept
 
 
 def merge_inputs(job: MergeJob, base: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal, get_args
 
+from tandem.errors import UserError
+
 StageName = Literal["sft", "sft-merge", "pairs", "dpo", "dpo-merge", "evaluate"]
 TrainingStageName = Literal["sft", "dpo"]
 PairsFormat = Literal["jsonl", "parquet"]
@@ -151,3 +153,20 @@ def labels_of(models: Sequence[str]) -> list[str]:
         if len(set(labels)) == len(labels):
             return labels
     return [f"{m} ({i})" for i, m in enumerate(models, start=1)]
+
+
+def output_folder(path: Path, name: str) -> Path:
+    """Resolve `~` in the folder that a command writes into; it need not exist yet.
+
+    `name` is its flag or key, for the message. Raises UserError if it, or a parent, is a file.
+    """
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}: {path}: {error} Name another folder") from error
+    for place in (path, *path.parents):
+        if place.is_dir():
+            break
+        if place.exists():
+            raise UserError(f"{name}: {place} is a file, not a folder; name another folder")
+    return path
