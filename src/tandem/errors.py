@@ -18,6 +18,10 @@ class TandemError(Exception):
     exit_code = 1
     reported = False
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows: the message alone, as a terminal does."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class NotFinite(TandemError):  # noqa: N818 - what was found, as the others are named
     """Training came to a loss or a gradient that is not finite; the message names the records."""

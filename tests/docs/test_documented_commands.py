@@ -8,12 +8,15 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import tandem.chat.session
 import tandem.evaluate.evaluate_models
+import tandem.export.export_gguf
+import tandem.export.ollama
 import tandem.model.base_model
 import tandem.pairs.make_pairs
 import tandem.pipeline.run_pipeline
@@ -66,6 +69,9 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.report.html, "write_report", Path("report.html")),
         (tandem.report.run_facts, "warnings_of_run", []),
         (tandem.runtime.local_launcher, "run_processes", 0),
+        (tandem.export.export_gguf, "export_gguf", Path("model.gguf")),
+        (tandem.export.export_gguf, "check_gguf", SimpleNamespace(lines=list)),
+        (tandem.export.ollama, "export_ollama", Path("model-ollama")),
     ):
 
         def stage(*_: Any, _name: str = name, _result: Any = result, **__: Any) -> Any:

@@ -394,6 +394,8 @@ WRONG: tuple[tuple[list[str], tuple[str, ...]], ...] = (
     (["dpo.beta=0.1"], ("no key has several values",)),
     (["dpo.beta=0.1,0.2", "dpo.beta=0.3"], ("dpo.beta is given twice",)),
     (["dpo.beta=0.1,0.2", "dpo=null"], ("has no dpo section",)),
+    (["dpo.beta=0.1,0.2", "dpo.data=[]", "pairs.prompts=x.jsonl", "pairs.parts=2", "rounds=2"],
+     ("a sweep compares one DPO stage", "rounds=1")),
     (["dpo.beta=0.1,0.2", "dpo.validation=null"], ("dpo.validation.fraction=0.1",)),
     (["dpo.loss=sigmoid,kto"], ("train on different records",)),
     (["dpo.beta=0.1,0.2", "--metric", "loss"], ("cannot be compared; take accuracy or margin",)),

@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "plan": ("tandem.cli.plan", "plan", "what a recipe would do and take, before it starts"),
     "eval": ("tandem.cli.evaluate", "evaluate", "measure models on tasks and on data of your own"),
     "chat": ("tandem.cli.chat", "chat", "talk to a model, or to several side by side"),
+    "export": ("tandem.cli.export", "export", "a GGUF file or an Ollama folder, compared"),
     "report": ("tandem.cli.report", "report", "rebuild a run's report.html"),
     "cache": ("tandem.cli.report", "cache", "show or empty the cache"),
 }

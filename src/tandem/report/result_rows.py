@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tandem.result_warnings import MODEL_LABELS, mapping, model_names
+from tandem.result_warnings import mapping, model_label, model_names
 from tandem.wording import is_number, number, percent
 
 
@@ -98,7 +98,7 @@ def result_rows(evaluation: Mapping[str, Any]) -> list[ResultRow]:
         values = mapping(models[name])
         cells = tuple(_cell(m, values, before) for m in measures)
         before |= {m.key: values[m.key] for m in measures if is_number(values.get(m.key))}
-        label, path = MODEL_LABELS.get(name, name), str(values.get("path", ""))
+        label, path = model_label(name), str(values.get("path", ""))
         rows.append(ResultRow(name, label, path, cells))
     return rows
 
@@ -167,7 +167,7 @@ def _judge_notes(judge: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, one in mapping(judge.get("models")).items():
         verdicts = mapping(one)
-        label, first = (MODEL_LABELS.get(n, n) for n in (str(name), str(judge.get("against"))))
+        label, first = map(model_label, (str(name), str(judge.get("against"))))
         line = (
             f"{judge.get('name')} on {label} against {first}: {verdicts.get('wins')} won, "
             f"{verdicts.get('ties')} tied, {verdicts.get('losses')} lost"

@@ -23,7 +23,7 @@ _OF_THE_RECORDS = frozenset({
 })  # fmt: skip
 # Keys of dpo that do not change its result.
 _WITHOUT_RESULT = frozenset({
-    "logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing",
+    "logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing", "samples",
 })  # fmt: skip
 _OPENING, _CLOSING = "[{", "]}"
 _LONGEST_NAME = 120
@@ -150,7 +150,7 @@ def _load_all(
                 what = line.partition(": ")[2] if ": unknown key " in line else line
                 mistakes.setdefault(what, line)
     if any("." in key and key.split(".")[0] == "dpo" for key in listed):
-        _check_has_dpo(recipe, plain)
+        _check_one_dpo(recipe, plain)
     if mistakes:
         raise UserError("\n".join(mistakes.values()))
     for key in listed:
@@ -158,8 +158,8 @@ def _load_all(
     return recipes
 
 
-def _check_has_dpo(recipe: str, plain: Sequence[str]) -> None:
-    """Raise UserError for a recipe without a dpo section, which a listed value would make."""
+def _check_one_dpo(recipe: str, plain: Sequence[str]) -> None:
+    """Raise UserError for a recipe without a dpo section, or one that repeats it in rounds."""
     try:
         whole = load_recipe(recipe, plain)
     except UserError:
@@ -168,6 +168,11 @@ def _check_has_dpo(recipe: str, plain: Sequence[str]) -> None:
         raise UserError(
             f"{recipe}: the recipe has no dpo section, and a sweep varies keys of dpo. Add one, or "
             "run the recipe once for each value, each with its own output_dir"
+        )
+    if whole.rounds > 1:
+        raise UserError(
+            f"rounds: {whole.rounds} trains DPO {whole.rounds} times, and a sweep compares one DPO "
+            "stage. Sweep the first round (rounds=1), then run all rounds with the best values"
         )
 
 

@@ -88,7 +88,10 @@ def trial_job(trial: Trial) -> TrainingJob:
     if settings.validation is not None:
         named = tuple(resolve_sources(settings.validation.data, root, seed))
         changes["validation"] = settings.validation.model_copy(update={"data": named})
-    run = job.run.model_copy(update={"output_dir": str(trial.folder)})
+    own: dict[str, Any] = {"output_dir": str(trial.folder)}
+    if job.run.tracker_run is not None:  # or all trials would be called the same
+        own["tracker_run"] = f"{job.run.tracker_run}-{trial.name}"
+    run = job.run.model_copy(update=own)
     return TrainingJob(run, settings.model_copy(update=changes))
 
 
