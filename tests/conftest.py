@@ -31,6 +31,7 @@ LONGEST = (
     "pipeline/test_real_data.py",
     "pairs/test_kills.py",
     "cli/test_launchers.py",
+    "stages/test_watched_processes.py",
     "benchmarks/test_gpu.py",
     "benchmarks/test_training.py",
     "data/test_bound.py",

@@ -39,9 +39,15 @@ def merge_job(
 
 
 def pairs_job(
-    settings: PairsSettings, model: str | Path, folder: Path, *, seed: int = 1, **run: Any
+    settings: PairsSettings,
+    model: str | Path,
+    folder: Path,
+    *,
+    seed: int = 1,
+    in_round: int = 1,
+    **run: Any,
 ) -> PairsJob:
-    return PairsJob(run_settings(model, folder, seed=seed, **run), settings)
+    return PairsJob(run_settings(model, folder, seed=seed, **run), settings, in_round)
 
 
 def evaluation_job(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +12,8 @@ from typing import Any, Literal
 from tandem.wording import count, is_number, percent
 
 MODEL_LABELS = {"base": "base", "sft": "SFT", "dpo": "DPO"}
+# The model of a later round.
+_LATER = re.compile(r"dpo-([1-9]\d*)")
 _HELP = (
     " Prefer answers that the model can give, lower the learning rate, take fewer steps or raise "
     "beta."
@@ -53,7 +56,7 @@ def evaluation_warnings(evaluation: Mapping[str, Any]) -> list[ReportWarning]:
     for key, title, counted in _WATCHED:
         n = counts.get(counted)
         # Models of other names are not successive stages of one run.
-        for before, after in pairwise([name for name in names if name in MODEL_LABELS]):
+        for before, after in pairwise([name for name in names if _place(name) is not None]):
             old, new = mapping(models[before]).get(key), mapping(models[after]).get(key)
             if not (is_number(old) and is_number(new) and is_number(n)) or new >= old:
                 continue
@@ -77,10 +80,24 @@ def evaluation_warnings(evaluation: Mapping[str, Any]) -> list[ReportWarning]:
 
 
 def model_names(evaluation: Mapping[str, Any]) -> list[str]:
-    """Return the evaluated models: base, SFT, DPO, then any others."""
-    models = mapping(evaluation.get("models"))
-    known = [name for name in MODEL_LABELS if name in models]
-    return known + [str(name) for name in models if name not in MODEL_LABELS]
+    """Return the evaluated models: base, SFT, DPO and its later rounds, then any others."""
+    models = [str(name) for name in mapping(evaluation.get("models"))]
+    known = {name: place for name in models if (place := _place(name)) is not None}
+    return sorted(known, key=known.__getitem__) + [name for name in models if name not in known]
+
+
+def model_label(name: str) -> str:
+    """Return what people call an evaluated model; a name that is not a run's is its own."""
+    later = _LATER.fullmatch(name)
+    return f"DPO, round {later[1]}" if later else MODEL_LABELS.get(name, name)
+
+
+def _place(name: str) -> int | None:
+    """Return a model's place among the successive models of a run; None for others."""
+    later = _LATER.fullmatch(name)
+    if later:
+        return len(MODEL_LABELS) + int(later[1])
+    return list(MODEL_LABELS).index(name) if name in MODEL_LABELS else None
 
 
 def sampling_error(share: float, n: float) -> float:
@@ -101,11 +118,11 @@ def _paired_error(values: Mapping[str, Any], key: str) -> float | None:
 
 
 def _loss(title: str, text: str, which: tuple[str, str]) -> ReportWarning:
-    label = MODEL_LABELS[which[1]]
+    label = model_label(which[1])
     if which == _EXPECTED:
         why = "the rejected answers are in the style that SFT learnt; DPO is there to change it"
         return ReportWarning("note", f"{label} lowered {title}", f"{text}: {why}.")
-    help_ = _HELP if which == ("answer_accuracy", "dpo") else ""
+    help_ = _HELP if which[0] == "answer_accuracy" and which[1] not in ("base", "sft") else ""
     text = f"{text}: more than chance explains.{help_}"
     return ReportWarning("warning", f"{label} lost {title}", text)
 
@@ -120,7 +137,7 @@ def _cut(name: str, values: Mapping[str, Any], questions: object) -> list[Report
         "did not end by themselves, so that they do not count as right: the model talks on until "
         "max_new_tokens."
     )
-    label = MODEL_LABELS.get(name, name)
+    label = model_label(name)
     # A base model has not learnt to end an answer yet.
     level: Literal["warning", "note"] = "note" if name == "base" else "warning"
     return [ReportWarning(level, f"{label} gives right answers that do not end", text)]

@@ -19,7 +19,7 @@ from .fresh import fresh_one_by_one
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "yaml", "rich")
 # Commands whose flags are made from settings, which are pydantic's.
-OF_SETTINGS = ("sft", "dpo", "merge", "pairs", "check", "show", "eval", "chat")
+OF_SETTINGS = ("sft", "dpo", "merge", "pairs", "check", "show", "eval", "chat", "export")
 
 
 @pytest.mark.parametrize("of_settings", [True, False])

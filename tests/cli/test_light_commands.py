@@ -18,7 +18,7 @@ SETTINGS = {"pydantic", "pydantic_core", "annotated_types", "typing_extensions",
             "typing_inspection", "yaml"}  # fmt: skip
 TERMINAL = {"rich", "filelock"}
 TOKENS = {"tokenizers", "jinja2", "markupsafe", "numpy", "safetensors"}
-SERVERS = {"httpx2", "idna"}
+SERVERS = {"httpx2", "idna", "brotli", "_brotli"}  # httpx2 takes brotli where it is installed
 # What site-packages bring by themselves.
 PYTHON = {"__main__", "tandem", "_distutils_hack", "sitecustomize", "usercustomize", "coverage",
           "cython_runtime"}  # fmt: skip
@@ -61,6 +61,7 @@ WRONG = (
     (["plan", "none.yaml"], "none.yaml: no such file"),
     (["rehearse", "none.yaml"], "none.yaml: no such file"),
     (["recipes", "copy", "none"], "no recipe of that name ships"),
+    (["sweep", "little.yaml", "sft.max_length=9,10"], "changes SFT"),
 )
 
 

@@ -83,6 +83,8 @@ SAMPLES = {
     "label_smoothing": "0.25",
     "ld_alpha": "0.25",
     "f_divergence_type": "forward_kl",
+    "callbacks": "watch:told",
+    "trackers": "tensorboard",
 }
 # Flags that need another one.
 WITH = {
@@ -99,6 +101,8 @@ WITH = {
     "desirable_weight": ["--loss", "kto"],
     "undesirable_weight": ["--loss", "kto"],
     "score_temperature": ["--loss", "info_nca", "--completions", "ranked"],
+    "tracker_project": ["--trackers", "wandb"],
+    "tracker_run": ["--trackers", "wandb"],
     "f_alpha_divergence_coef": ["--f_divergence_type", "alpha_divergence"],
 }
 

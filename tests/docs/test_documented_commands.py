@@ -8,16 +8,20 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import tandem.chat.session
 import tandem.evaluate.evaluate_models
+import tandem.export.export_gguf
+import tandem.export.ollama
 import tandem.model.base_model
 import tandem.pairs.make_pairs
 import tandem.pipeline.rehearsal.rehearse
 import tandem.pipeline.run_pipeline
+import tandem.pipeline.sweep.run_sweep
 import tandem.plan.rate
 import tandem.report.html
 import tandem.report.run_facts
@@ -47,6 +51,8 @@ TUTORIAL = ROOT / "docs" / "guide" / "tutorial.md"
 # Model and data that a command of the documents may name although nothing of it is here.
 _RECIPE_OF_THE_READER = "my-recipe.yaml"
 _DATA_OF_THE_READER = "my-data.jsonl"
+_EMPTY_SWEEP = {"name": "s", "keys": {}, "metric": "accuracy", "trials": [], "best": None,
+                "complete": True}  # fmt: skip
 
 
 @pytest.fixture
@@ -59,12 +65,16 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.stages.merge, "run_merge", None),
         (tandem.pairs.make_pairs, "make_pairs", None),
         (tandem.pipeline.run_pipeline, "run_pipeline", None),
+        (tandem.pipeline.sweep.run_sweep, "run_sweep", _EMPTY_SWEEP),
         (tandem.evaluate.evaluate_models, "evaluate_models", {"models": {}, "samples": []}),
         (tandem.chat.session, "run_chat", None),
         (tandem.report.html, "write_report", Path("report.html")),
         (tandem.report.run_facts, "warnings_of_run", []),
         (tandem.runtime.local_launcher, "run_processes", 0),
         (tandem.pipeline.rehearsal.rehearse, "rehearse", Rehearsal((), (), (), (), (), 0.0, None)),
+        (tandem.export.export_gguf, "export_gguf", Path("model.gguf")),
+        (tandem.export.export_gguf, "check_gguf", SimpleNamespace(lines=list)),
+        (tandem.export.ollama, "export_ollama", Path("model-ollama")),
     ):
 
         def stage(*_: Any, _name: str = name, _result: Any = result, **__: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What docs/guide/pairs.md shows works: its recipes, its check, its table of reasons."""
+"""What docs/guide/pairs.md and rounds.md show works: recipes, a check, a table of reasons."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def written(text: str, folder: Path) -> Path:
 @pytest.mark.parametrize("text", RECIPES, ids=lambda text: text.splitlines()[0])
 def test_a_shown_recipe_is_valid(text: str, tmp_path: Path) -> None:
     assert load_recipe(str(written(text, tmp_path))).pairs is not None
+
+
+def test_the_recipe_with_rounds_is_valid(tmp_path: Path) -> None:
+    (shown,) = blocks(ROOT / "docs" / "guide" / "rounds.md", "yaml")
+    (path := tmp_path / "shown.yaml").write_text(shown.text)
+    recipe = load_recipe(str(path))
+    assert recipe.pairs is not None
+    assert recipe.pairs.rank is not None
+    assert recipe.rounds == recipe.pairs.parts == 3
 
 
 def test_the_originals_recipe_makes_pairs_of_other_data(

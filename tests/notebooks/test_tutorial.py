@@ -21,10 +21,16 @@ from ..warm.python import python
 
 NOTEBOOK = ROOT / "notebooks" / "tutorial.ipynb"
 # What a reader would put into SETTINGS; the cells are those of the file.
-SHORTENED = (
-    "sft.batch_size=8 sft.epochs=0.02 pairs.select.count=10 pairs.max_new_tokens=4 "
-    "dpo.batch_size=8 dpo.epochs=1 evaluate.limit=4 evaluate.max_new_tokens=4"
-)
+SHORTENED = {
+    "sft.batch_size": 8,
+    "sft.epochs": 0.02,
+    "pairs.select.count": 10,
+    "pairs.max_new_tokens": 4,
+    "dpo.batch_size": 8,
+    "dpo.epochs": 1,
+    "evaluate.limit": 4,
+    "evaluate.max_new_tokens": 4,
+}
 
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _ABSOLUTE = re.compile(r"(?<![\w.~/<])/[a-z]+/")
@@ -107,7 +113,7 @@ def outputs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         patch.setenv("XDG_CACHE_HOME", str(jupyter / "cache"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("PYTHONPATH", path)
-        patch.setenv("SETTINGS", SHORTENED)
+        patch.setenv("SETTINGS", json.dumps(SHORTENED))
         patch.delenv("WORLD_SIZE", raising=False)
         NotebookClient(
             notebook,
@@ -180,7 +186,7 @@ def test_the_evaluation_and_the_report(outputs: dict[str, str], folder: Path) ->
     for model in read_json(run / "6-evaluation" / "evaluation.json")["models"].values():
         assert f"{model['answer_accuracy']:6.1%} right" in outputs["tokens"]
     assert "as completion" in outputs["run-evaluate"]
-    assert "report: runs/tutorial/report.html" in outputs["run-evaluate"]
+    assert "runs/tutorial/report.html" in outputs["run-evaluate"]
     assert "<iframe srcdoc=" in outputs["show-report"]
     assert "Answers side by side" in outputs["show-report"]
     assert "Answers side by side" in (run / "report.html").read_text()

@@ -54,13 +54,12 @@ def conversations(tmp_path: Path) -> Path:
 
 def make(
     conversations: Path, folder: Path, model: Path | str = "", seed: int = 1,
-    console: Console = QUIET, dtype: str = "auto", **settings: Any,
+    console: Console = QUIET, dtype: str = "auto", in_round: int = 1, **settings: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     values = {"prompts": (DataSource(path=str(conversations)),), "max_new_tokens": 6, **settings}
-    make_pairs(
-        pairs_job(PairsSettings.model_validate(values), model, folder, seed=seed, dtype=dtype),
-        console,
-    )
+    made = PairsSettings.model_validate(values)
+    job = pairs_job(made, model, folder, seed=seed, dtype=dtype, in_round=in_round)
+    make_pairs(job, console)
     return read_jsonl(folder / "pairs.jsonl")
 
 
@@ -183,6 +182,60 @@ def test_answers_of_two_dtypes_are_not_mixed(
     assert make(conversations, folder, tiny_model) == made
 
 
+def test_a_later_round_draws_anew_and_a_first_one_as_ever(
+    conversations: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    """The same model and prompts: only the round differs, and each round repeats itself."""
+    first = make(conversations, tmp_path / "1", tiny_model)
+    second = make(conversations, tmp_path / "2", tiny_model, in_round=2)
+    assert [row["question"] for row in first] == [row["question"] for row in second]
+    same = [a["rejected"] == b["rejected"] for a, b in zip(first, second, strict=True)]
+    assert sum(same) < COUNT // 4
+    assert make(conversations, tmp_path / "again", tiny_model, in_round=2) == second
+    inputs = [read_json(tmp_path / name / "manifest.json")["inputs"] for name in ("1", "2")]
+    assert inputs[1] == inputs[0] | {"round": 2}
+    with pytest.raises(UserError, match="round: 2 -> 3"):
+        make(conversations, tmp_path / "2", tiny_model, in_round=3)
+
+
+def test_rounds_share_the_prompts_and_leave_none(tmp_path: Path, desk: Desk) -> None:
+    path = tmp_path / "q.jsonl"
+    asked_twice = [f"Say {i % 9}." for i in range(12)]
+    path.write_text("".join(json.dumps({"question": q, "answer": "x"}) + "\n" for q in asked_twice))
+    served = {"server": {"base_url": desk.url, "model": "m"}, "parts": 3}
+    parts = [
+        [row["question"] for row in make(path, tmp_path / str(n), in_round=n, **served)]
+        for n in (1, 2, 3)
+    ]
+    assert sorted(question for part in parts for question in part) == sorted(asked_twice)
+    assert [len(set(part)) for part in parts] == [3, 3, 3]  # what is asked twice is in one part
+    left_out = read_json(tmp_path / "1" / "summary.json")["left_out"]
+    assert left_out == {"in the part of another round": 12 - len(parts[0])}
+    assert parts[0] != asked_twice[: len(parts[0])]
+    make(path, tmp_path / "whole", **served | {"parts": 1})
+    with pytest.raises(UserError, match=r"part: None -> \[1, 4\]"):
+        make(path, tmp_path / "whole", **served | {"parts": 4})
+    with pytest.raises(UserError, match="9 different prompts cannot be divided into 10 parts"):
+        make(path, tmp_path / "ten", **served | {"parts": 10})
+
+
+def test_a_judge_that_scores_nothing_is_asked_again_by_the_same_command(
+    conversations: Path, tmp_path: Path, tiny_model: Path, desk: Desk
+) -> None:
+    """Too few requests for a silence: yet no pairs are no mistake of the settings."""
+    judge = {"base_url": desk.url, "model": "judge", "retries": 0}
+    wish: dict[str, Any] = {
+        "samples": 2, "rank": {"judge": judge}, "select": {"count": 3}, "console": QUIET,
+    }  # fmt: skip
+    desk.answer = lambda body: str(1 + len(asked(body)) % 10)
+    desk.plan = {"*": [None] + [503] * 6}
+    with pytest.raises(Stopped, match=r"none of 3 prompts got a pair .*6 requests are unanswered"):
+        make(conversations, tmp_path / "out", tiny_model, **wish)
+    assert make(conversations, tmp_path / "out", tiny_model, **wish)
+    assert len(desk.bodies) == 1 + 6 + 6
+    assert all("Rate the answer" in asked(body) for body in desk.bodies)
+
+
 def test_what_a_server_answers_has_no_dtype(
     conversations: Path, tmp_path: Path, desk: Desk
 ) -> None:
@@ -297,7 +350,9 @@ def test_a_score_is_of_the_text_that_was_scored(
         if "[Answer]" not in asked(body):
             number = 1 + sum(asked(body) == asked(other) for other in desk.bodies) % 3
             return f"{turn[0]} {number}"
-        scored.append(answer := asked(body).split("[Answer]\n")[1].split("\n\n[End")[0])
+        answer = asked(body).split("[Answer]\n")[1].split("\n\n[End")[0]
+        if answer != rankers.TRIAL[1]:
+            scored.append(answer)
         return answer.split()[-1]
 
     scored: list[str] = []
@@ -533,7 +588,7 @@ def test_a_selection_that_leaves_nothing_says_what_took_it(
 ) -> None:
     with pytest.raises(UserError, match=r"no prompt is left .24 prompt does not match"):
         make(conversations, tmp_path / "out", tiny_model, select={"matches": "nothing like it"})
-    with pytest.raises(UserError, match=r"none of 24 prompts got a rejected answer .*too long"):
+    with pytest.raises(UserError, match=r"none of 24 prompts got a pair .*too long"):
         make(conversations, tmp_path / "out", tiny_model, filters={"max_characters": 1})
 
 

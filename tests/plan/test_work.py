@@ -105,18 +105,15 @@ def test_a_plan_counts_what_a_run_reports(
         held_out = ValidationSettings(fraction=0.2)
         settings = settings.model_copy(update={"data": (source, twice), "validation": held_out})
     stage: Any = run_sft if kind == "sft" else run_dpo
-    folder = stage(
-        training_job(
-            settings,
-            stories_path,
-            tmp_path / "out",
-            seed=3,
-            attention=attention,
-            tokens_per_microbatch=1024,
-        ),
-        QUIET,
-        default_callbacks(),
+    job = training_job(
+        settings,
+        stories_path,
+        tmp_path / "out",
+        seed=3,
+        attention=attention,
+        tokens_per_microbatch=1024,
     )
+    folder = stage(job, QUIET, default_callbacks(job.run))
     summary = read_json(folder / "summary.json")
     work = _counted(kind, stories_path, settings, padded=attention == "padded")
     for name in ("steps", "examples", "tokens", "padded_tokens", "shared_tokens", "micro_batches"):

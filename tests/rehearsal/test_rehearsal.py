@@ -92,6 +92,7 @@ def test_a_sound_recipe_is_shown_stage_by_stage_and_nothing_of_the_run_is_writte
         "✓ dpo before the first step the policy equals the reference; 4 steps",
         "✓ evaluate base, sft, dpo measured on 2 questions",
         "✓ report",
+        "✓ export a GGUF file computes, cuts texts and ends answers as the model does",
         "sft.warmup_steps: 50 -> 1",
         "dtype: bfloat16 -> auto",
         "not shown: memory and speed",
@@ -177,8 +178,46 @@ def test_a_server_that_is_not_there_is_found_or_left_out(desk: Desk) -> None:
         pairs={"prompts": str(desk.conversations), "samples": 2, "rank": {"judge": judge}},
     )  # fmt: skip
     said = rehearsed(desk, recipe, code=2)
-    assert "✗ pairs pairs.rank.judge: the server at http://127.0.0.1:9/v1 did not answer" in said
+    assert "✗ pairs pairs.rank.judge: http://127.0.0.1:9/v1" in said
     assert "--without-servers" in said
     said = rehearsed(desk, recipe, "--without-servers", "--steps", "1", code=0)
     assert "pairs.rank.judge: the server was not asked" in said
     assert "stopped after step" not in said  # one step has no half
+
+
+def test_rounds_callbacks_and_trackers_are_rehearsed_or_said_not_to_be(desk: Desk) -> None:
+    (desk.home / "own_watch.py").write_text(
+        "def nervous(event):\n    return 'stop' if event.step == 3 else None\n"
+        "def broken(event):\n    return event.metrics['no such thing']\n"
+    )
+    questions = desk.home / "questions.jsonl"
+    rows = [{"question": f"say {w}", "answer": w} for w in WORDS]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = desk.recipe(
+        sft=None, dpo__data=[], dpo__samples={"prompts": "say red"}, rounds=4,
+        pairs={"prompts": str(questions), "parts": 5, "samples": 2, "temperature": 0.9},
+        callbacks="own_watch:nervous", trackers="tensorboard", chat_template="neural-chat",
+    )  # fmt: skip
+    said = rehearsed(desk, recipe, code=0)
+    for shown in (
+        "rounds: 4 -> 2",
+        "✓ dpo-2 before the first step the policy equals the reference; 4 steps",
+        "a callback asked for a stop, and the stage was resumed",
+        "trackers: tensorboard, but for their login",
+        "✓ dpo-merge-2",
+    ):
+        assert shown in said, said
+    said = rehearsed(desk, recipe, "rounds=1", "callbacks=own_watch:missing", code=2)
+    assert "✗ settings callbacks: own_watch has no missing" in said
+    said = rehearsed(desk, recipe, "rounds=1", "callbacks=own_watch:broken", code=2)
+    assert "✗ dpo" in said
+    assert "KeyError" in said
+
+
+def test_a_model_that_gguf_lacks_is_noted_and_fails_nothing(desk: Desk) -> None:
+    config = json.loads((desk.home / "model" / "config.json").read_text())
+    config["hidden_act"] = "relu"
+    (desk.home / "model" / "config.json").write_text(json.dumps(config))
+    said = rehearsed(desk, desk.recipe(dpo=None), code=0)
+    assert "tandem export gguf would refuse this model" in said
+    assert "nothing failed in" in said

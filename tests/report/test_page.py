@@ -25,6 +25,7 @@ from .made_runs import (
     run_folder,
     sft_stage,
     write,
+    write_lines,
 )
 
 VOID = {"meta", "br", "circle", "line", "path", "rect"}
@@ -290,3 +291,18 @@ def test_held_out_scores_stand_beside_the_training_curve(tmp_path: Path) -> None
     assert found["kept"] == "step 80, best loss"
     assert found["stopped early"] == "step 120 of 400"
     assert "stopped early" not in dict(tiles(read_run(tmp_path / "plain").stages[0]))
+
+
+def test_each_data_set_has_a_line_of_its_own(tmp_path: Path) -> None:
+    sft_stage(tmp_path / "run")
+    for name, start in (("metrics", "loss_of/"), ("validation", "eval_loss_of/")):
+        steps = [{"step": n, "loss": 2.0, f"{start}<a>": 3.0 - n, f"{start}b": 1.5} for n in (1, 2)]
+        write_lines(tmp_path / "run" / f"{name}.jsonl", [*steps, {"step": 3, f"{start}b": 0.5}])
+    page = write_report(tmp_path / "run").read_text()
+    for title in ("Loss by data set", "Held-out loss by data set"):
+        chart = page.partition(f"<h3>{title}</h3>")[2].partition("</figure>")[0]
+        assert "&lt;a&gt; 1.000, step 2" in chart
+        assert "b 0.500, step 3" in chart
+    plain = tmp_path / "plain"
+    sft_stage(plain)
+    assert "by data set" not in write_report(plain).read_text()

@@ -58,6 +58,20 @@ def test_names_are_escaped() -> None:
     assert names == ["<b>", '"&']
 
 
+def test_names_of_many_lines_have_rows_within_the_chart() -> None:
+    lines = [Series(f"{'data/' * (3 * n)}{n}.jsonl", [0, 1], [n, n + 1]) for n in range(8)]
+    svg = line_chart(lines, label="a")
+    _, first, width, _ = map(float, ElementTree.fromstring(svg).get("viewBox", "").split())
+    names = elements(svg, "name")
+    assert len(names) == 8
+    assert len({e.get("y") for e in names}) > 2
+    assert all(float(e.get("x", "")) + 6.6 * len(e.text or "") <= width for e in names)
+    assert min(float(e.get("y", "")) for e in names) > first
+    assert max(float(e.get("y", "")) for e in names) < min(
+        float(e.get("cy", "")) for e in elements(svg, "dot")
+    )
+
+
 def test_long_runs_are_thinned_and_smoothed() -> None:
     n = 5000
     svg = line_chart([Series("a", range(n), [math.sin(i) for i in range(n)])], label="a")

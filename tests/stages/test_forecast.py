@@ -104,9 +104,8 @@ def _run(folder: Path, **runtime: Any) -> dict[str, Any]:
         data=(DataSource(path=str(make_conversations(folder / "c.jsonl"))),),
         batch_size=8, max_steps=2, max_length=128, lora=LoraSettings(rank=2, alpha=4),
     )  # fmt: skip
-    made = run_sft(
-        training_job(settings, model, folder / "out", **runtime), QUIET, default_callbacks()
-    )
+    job = training_job(settings, model, folder / "out", **runtime)
+    made = run_sft(job, QUIET, default_callbacks(job.run))
     summary: dict[str, Any] = read_json(made / "summary.json")
     return summary
 

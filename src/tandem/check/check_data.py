@@ -7,6 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from tandem import __version__
 from tandem.check.check_page import as_json, print_survey
@@ -37,13 +40,7 @@ def check_data(job: CheckJob, folder: Path, *, as_one_object: bool) -> None:
 
     `folder` is for the embedded demo's data.
     """
-    surveys = [_survey(job, target, folder) for target in with_validation(job.targets)]
-    notices = [*(job.chat.notices if job.chat else ()), *job.notices]
-    if job.recipe is not None and job.limit is None:
-        for one in surveys:
-            if one.target.stage is not None and not one.target.held_out:
-                doubts = doubts_of(one.target.stage, job.recipe, one.examples)
-                notices = [*doubts, *notices]
+    surveys, notices = surveys_of(job, folder, notice_console())
     if as_one_object:
         _print_json(job, surveys, notices)
     else:
@@ -51,11 +48,22 @@ def check_data(job: CheckJob, folder: Path, *, as_one_object: bool) -> None:
     _require_trainable(surveys, whole=as_one_object)
 
 
-def _survey(job: CheckJob, target: CheckTarget, folder: Path) -> Survey:
+def surveys_of(job: CheckJob, folder: Path, console: Console) -> tuple[list[Survey], list[str]]:
+    """Survey the data of each stage, its validation data after it; returns notices as well."""
+    surveys = [_survey(job, target, folder, console) for target in with_validation(job.targets)]
+    notices = [*(job.chat.notices if job.chat else ()), *job.notices]
+    if job.recipe is not None and job.limit is None:
+        for one in surveys:
+            if one.target.stage is not None and not one.target.held_out:
+                doubts = doubts_of(one.target.stage, job.recipe, one.examples)
+                notices = [*doubts, *notices]
+    return surveys, notices
+
+
+def _survey(job: CheckJob, target: CheckTarget, folder: Path, console: Console) -> Survey:
     if job.chat is not None:
         require_context(job.chat, target)
         target = replace(target, chat=job.chat.chat, special=job.chat.special)
-    console = notice_console()
     return survey(
         target,
         others=other_sets(target, job.recipe, job.against, folder),
@@ -65,8 +73,11 @@ def _survey(job: CheckJob, target: CheckTarget, folder: Path) -> Survey:
     )
 
 
-def _print_json(job: CheckJob, surveys: Sequence[Survey], notices: Sequence[str]) -> None:
-    value = {
+def check_as_json(
+    job: CheckJob, surveys: Sequence[Survey], notices: Sequence[str]
+) -> dict[str, Any]:
+    """Return all that was found as plain values; keys are only ever added."""
+    return {
         "tandem": __version__,
         "recipe": job.recipe.name if job.recipe else None,
         "model": job.chat.model if job.chat else None,
@@ -75,8 +86,11 @@ def _print_json(job: CheckJob, surveys: Sequence[Survey], notices: Sequence[str]
         "trains": all(one.problem is None for one in surveys),
         "data": [as_json(one) for one in surveys],
     }
+
+
+def _print_json(job: CheckJob, surveys: Sequence[Survey], notices: Sequence[str]) -> None:
     # In ASCII: keys and file names may have bytes that are no UTF-8.
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.write(json.dumps(check_as_json(job, surveys, notices), indent=2) + "\n")
 
 
 def _print_pages(chat: StageChat | None, surveys: Sequence[Survey], notices: Sequence[str]) -> None:

@@ -282,9 +282,10 @@ def _own_sources(
     if settings.data:
         return resolve_sources(settings.data, folder, recipe.seed)
     made = stage_folder(recipe.output_dir, "pairs")
-    pairs = made_pairs(made)
-    if pairs is not None:
-        return [DataSource(path=str(pairs))]
+    for number in range(recipe.rounds, 0, -1):  # those that were made last
+        pairs = made_pairs(stage_folder(recipe.output_dir, "pairs", number))
+        if pairs is not None:
+            return [DataSource(path=str(pairs))]
     raise NotMade(
         f"recipe {recipe.name}: {stage}.data is what its pairs stage makes, and there are none in "
         f"{made} yet. Run it until then (tandem run ... --until pairs), or name a file."

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tandem.errors import UserError
+from tandem.storage.run_folder import output_folder as output_folder
 
 if TYPE_CHECKING:
     from tandem.recipe.flags import Flag
@@ -135,20 +135,3 @@ def add_overrides(parser: Parser, what: str) -> None:
     """Declare `key=value` arguments."""
     about = f"{what}, with dots; values as in YAML, null unsets."
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=about)
-
-
-def output_folder(path: Path, name: str) -> Path:
-    """Resolve `~` in the folder that a command writes into; it need not exist yet.
-
-    `name` is its flag or key, for the message. Raises UserError if it, or a parent, is a file.
-    """
-    try:
-        path = path.expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{name}: {path}: {error} Name another folder") from error
-    for place in (path, *path.parents):
-        if place.is_dir():
-            break
-        if place.exists():
-            raise UserError(f"{name}: {place} is a file, not a folder; name another folder")
-    return path

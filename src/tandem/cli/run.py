@@ -106,7 +106,8 @@ def _parser() -> Parser:
         prog="tandem run",
         usage="tandem run RECIPE [key=value ...] [--dry-run] [--until STAGE] [--from STAGE] "
         "[--nproc N]",
-        description="The whole pipeline of a recipe: SFT, merge, pairs, DPO, merge, evaluation.\n"
+        description="The whole pipeline of a recipe: SFT, merge, pairs, DPO, merge, evaluation; "
+        "with rounds\npairs, DPO and merge again and again.\n"
         "The same command skips finished stages and resumes an interrupted one.",
         unknown_hint=" (recipe keys are written key=value, without dashes)",
         epilog="example: tandem run demo sft.learning_rate=2e-3 output_dir=runs/trial",
@@ -114,7 +115,7 @@ def _parser() -> Parser:
     parser.add_argument("recipe", metavar="RECIPE", help="A shipped recipe's name or a YAML file.")
     add_overrides(parser, "Recipe keys")
     add_dry_run(parser)
-    last = f"The last stage to run: {', '.join(STAGES)}."
+    last = f"The last stage to run: {', '.join(STAGES)}; pairs-2 and so on of a later round."
     parser.add_argument("--until", metavar="STAGE", help=last)
     first = "The first stage to run; those before it must be finished."
     parser.add_argument("--from", dest="start", metavar="STAGE", help=first)

@@ -63,8 +63,9 @@ def evaluate_models(
 
     `judge` compares each model's answers with the first model's; None: the settings' own, if they
     name one. Finished measurements (a model's own measures, a task of a model) stay in the folder.
-    While verdicts are missing the stage stays unfinished: the same call asks for them again. A
-    finished stage is found without torch.
+    While verdicts are missing the stage stays unfinished: the same call asks for them again. An
+    evaluation of some of the models, such as those of a run's first rounds, is added to. A finished
+    stage is found without torch.
     """
     models, settings, run, output_dir = job.models, job.settings, job.run, job.folder
     tasks = selected_tasks(settings)
@@ -98,7 +99,8 @@ def evaluate_models(
     }
     with folder_lock(output_dir, lambda text: log(console, f"evaluate: {text}")):
         path = output_dir / "evaluation.json"
-        if not (job.replace and _holds_another(output_dir, inputs)) and (
+        replaces = job.replace and _holds_another(output_dir, inputs)
+        if not (replaces or _holds_part(output_dir, inputs)) and (
             open_stage(output_dir, "evaluate", inputs).state == "finished"
         ):
             finished: dict[str, Any] = read_json(path)
@@ -138,6 +140,18 @@ def _holds_another(folder: Path, inputs: Mapping[str, Any]) -> bool:
     if manifest is None or manifest["stage"] != "evaluate":
         return False
     return hash_json(manifest["inputs"]) != hash_json(dict(inputs))
+
+
+def _holds_part(folder: Path, inputs: Mapping[str, Any]) -> bool:
+    """Whether a folder holds the same evaluation of some of these models and of no others."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest["stage"] != "evaluate":
+        return False
+    before = manifest["inputs"].get("models")
+    if not isinstance(before, dict) or not before.keys() < inputs["models"].keys():
+        return False
+    kept = {label: inputs["models"][label] for label in before}
+    return hash_json(manifest["inputs"]) == hash_json({**inputs, "models": kept})
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Failure:
 
     reason: str  # in a word that can be counted
     detail: str  # in the server's words
+    may_pass: bool = False  # whether the same request may get an answer later
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason

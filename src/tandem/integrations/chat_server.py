@@ -122,7 +122,8 @@ class ChatServer:
                 break
             if last.wait is not None:
                 if last.wait > _LONGEST_WAIT:
-                    return Failure(last.reason, f"asks to wait {last.wait:.0f} s: {last.detail}")
+                    detail = f"asks to wait {last.wait:.0f} s: {last.detail}"
+                    return Failure(last.reason, detail, may_pass=True)
                 if self._pace.hold(last.wait) and last.wait >= 1:
                     self._log(f"{self.url}: {last.reason}, waiting {last.wait:.0f} s")
             else:
@@ -131,7 +132,29 @@ class ChatServer:
             with self._counting:
                 self.retried[last.reason] += 1
         tries = f"after {self._retries + 1} tries: " if self._retries else ""
-        return Failure(last.reason, tries + last.detail)
+        return Failure(last.reason, tries + last.detail, may_pass=True)
+
+
+def first_answer(server: ServerSettings, request: ChatRequest, key: str) -> Reply | None:
+    """Ask a server one question before a run depends on it; None where it only asks for patience.
+
+    `key` is the recipe's key of the server, for messages. An answer is waited for as for any other
+    request, with one more try.
+
+    Raises UserError for a server that cannot be reached, refuses the question, or does not answer.
+    """
+    once = server.model_copy(update={"retries": min(server.retries, 1), "concurrency": 1})
+    client = ChatServer(once)
+    ((_, answer),) = client.answers([request])
+    if isinstance(answer, Reply):
+        return answer
+    if answer.reason == "HTTP 429":
+        return None
+    raise UserError(
+        f"{key}: {client.url} does not answer as {server.model!r} ({answer}). It was asked one "
+        f"question, because the run depends on it later. Start the server or correct {key}, then "
+        "give the same command again; stages that need no server can be run before (--until)."
+    )
 
 
 class _Silence:

@@ -23,7 +23,8 @@ tandem run my-recipe.yaml dpo.loss=simpo dpo.beta=2 dpo.simpo_gamma=1
 `tandem` computes each loss over the whole optimizer step, so that it does not depend on
 micro-batches, packing or the number of processes. That holds for losses that couple records as
 well (`aot`, `kto`). A loss without a reference causes no reference pass. A setting that the
-loss does not use is an error.
+loss does not use is an error. A loss of your own is a function of pairs, named
+`module:function`; see [Python](python.md#a-loss-of-your-own).
 
 In the tables y_w is the chosen answer and y_l the rejected one, n their trained tokens, r = log
 π(y|x) - log π_ref(y|x), Δ = r_w - r_l, σ the logistic function, β `beta`, ε `label_smoothing`,

@@ -25,6 +25,8 @@ from tandem.model.weight_files import Part, opened, parts_of, read_headers
 
 Kept = Callable[[nn.Module, str, Tensor], Tensor]
 """A stored tensor as the module that gets it under a name keeps it: its dtype, and its device."""
+Changed = Callable[[str, Tensor], Tensor]
+"""A stored tensor, by its name in memory, as it is to be instead."""
 
 
 class ModelFolder:
@@ -67,8 +69,14 @@ class ModelFolder:
 class Reader:
     """Fills the modules of an empty model from its folder."""
 
-    def __init__(self, folder: Path, model: Any, kept: Kept) -> None:
-        self._folder, self._kept = ModelFolder(folder, model), kept
+    def __init__(
+        self,
+        folder: Path,
+        model: Any,
+        kept: Kept,
+        changed: Changed = lambda _, stored: stored,
+    ) -> None:
+        self._folder, self._kept, self._changed = ModelFolder(folder, model), kept, changed
         self._places = Places(model)
         self._tied: dict[tuple[str, ...], nn.Parameter] = {}
 
@@ -92,7 +100,7 @@ class Reader:
                 continue
             self._check(names[0], there, stored)
             assert stored is not None
-            put(module, own, self._kept(module, own, stored))
+            put(module, own, self._kept(module, own, self._changed(names[0], stored)))
             if len(names) > 1 and own in module._parameters:
                 weight = module._parameters[own]
                 assert weight is not None
@@ -139,14 +147,21 @@ def read_model(
     return _with_generation(model, folder)
 
 
-def read_in_layers(folder: Path, config: Any, *, dtype: torch.dtype) -> Any:
+def read_in_layers(
+    folder: Path,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    changed: Changed = lambda _, stored: stored,
+) -> Any:
     """A model on the CPU whose decoder layers have their weights while they run, and no longer.
 
     `fill_layer` gives a layer its weights for good. Models whose layers are not known are whole.
+    `changed` is applied to each weight as it is read, under the first of its names.
     """
     device = torch.device("cpu")
     model = empty_model(config, dtype, device)
-    reader = Reader(folder, model, as_loaded(model, dtype, device))
+    reader = Reader(folder, model, as_loaded(model, dtype, device), changed)
     layers = layers_of(model)
     for modules in _in_turn(model):
         if modules[0] not in layers:

@@ -16,7 +16,7 @@ from tandem.data.tokenize.chat_template import prompt_ids, resolve_template
 from tandem.data.tokenize.template_omissions import omissions_of, way_out
 from tandem.data.tokenize.vocabulary import NoRow, require_rows
 from tandem.errors import UserError, require
-from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, Reply
+from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, Reply, first_answer
 from tandem.integrations.choose import device_of
 from tandem.model.model_folder import (
     context_length,
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # vLLM gets so many prompts at once, and batches them itself; a kill loses at most these.
 _VLLM_PROMPTS = 256
+# Tokens of a server's first answer, of which only its coming counts.
+_GREETING_TOKENS = 16
 
 Unit = list[tuple[int, list[Any]]]
 """Answers that are finished together: each one's number, and its text and whether it stopped."""
@@ -70,6 +72,9 @@ class PairsModel(Protocol):
 
     def check(self) -> None:
         """Raise UserError for what cannot work; nothing is sent, and no model is loaded."""
+
+    def reach(self) -> None:
+        """Send a server one question; UserError unless it answers. Other models need nothing."""
 
     def open(self, console: Console) -> None:
         """Get ready: load the model, if it is one of this process."""
@@ -114,6 +119,9 @@ class LocalGenerator:
         if self._settings.vllm is not None:
             require("vllm", "vllm", "pairs.vllm")
         check_local_model(self._name)
+
+    def reach(self) -> None:
+        """Nothing is to be reached."""
 
     def open(self, console: Console) -> None:
         """Load the model; raises UserError for one that cannot be loaded."""
@@ -268,6 +276,13 @@ class ServerGenerator:
     def check(self) -> None:
         """Raise UserError for a key that is not there."""
         ChatServer(self._server)
+
+    def reach(self) -> None:
+        """Raise UserError for a server that does not answer a greeting."""
+        greeting = {"role": "user", "content": "Hello."}
+        few = {self._server.limit_key: min(_GREETING_TOKENS, self._settings.max_new_tokens)}
+        request = ChatRequest((greeting,), self._options() | few)
+        first_answer(self._server, request, "pairs.server")
 
     def open(self, console: Console) -> None:
         """Read the key; nothing is sent yet."""

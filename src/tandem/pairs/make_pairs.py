@@ -15,8 +15,9 @@ from rich.console import Console
 from tandem.data.ledger import Ledger
 from tandem.data.resolve_sources import data_identity, resolve_sources
 from tandem.data.sources.rows import not_read
-from tandem.errors import UserError
+from tandem.errors import Stopped, UserError
 from tandem.integrations.choose import device_names
+from tandem.pairs.check_pairs import reach_again
 from tandem.pairs.filters import (
     Candidate,
     Filters,
@@ -27,8 +28,9 @@ from tandem.pairs.filters import (
     ranked_pair,
 )
 from tandem.pairs.generators import GenerationJob, Generator, choose_generator
+from tandem.pairs.pair_figures import length_figures, score_figures
 from tandem.pairs.pairs_file import data_card, write_pairs
-from tandem.pairs.prompts import Prompt, heldout_prompts, selected_prompts
+from tandem.pairs.prompts import Prompt, heldout_prompts, part_of, selected_prompts
 from tandem.pairs.rankers import Ranker, choose_ranker
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import PairsJob
@@ -40,10 +42,12 @@ from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_bytes, hash_json
 from tandem.storage.journal import recorded
 from tandem.storage.manifest import finish_stage, open_stage, start_stage, versions
-from tandem.storage.run_folder import PAIRS_FORMATS, pairs_file
+from tandem.storage.run_folder import PAIRS_FORMATS, pairs_file, run_of
 
 # Held-out prompts are sampled with seeds of their own.
 _HELDOUT_SEED = 2**20
+# So are those of each round: a model that has hardly moved would repeat itself.
+_ROUND_SEED = 2**21
 # Settings that may change on a resume: how a server is asked, not what.
 _MANNERS = {"concurrency", "timeout", "retries", "requests_per_minute", "key_variable"}
 _APART: Any = {
@@ -51,18 +55,10 @@ _APART: Any = {
     "heldout": True,
     "model": True,
     "select": {"decontaminate": True},
+    "parts": True,
     "server": _MANNERS,
     "rank": {"reward_model": True, "judge": _MANNERS},
 }
-
-
-def check_pairs(settings: PairsSettings, run: RunSettings) -> None:
-    """Raise UserError for a key, a model or a user's check that is missing; nothing is sent."""
-    choose_generator(settings, settings.model, run).check()
-    if settings.rank is not None:
-        choose_ranker(settings.rank, run).check()
-    if settings.filters.check is not None:
-        UserCheck(settings.filters.check)
 
 
 def make_pairs(job: PairsJob, console: Console) -> Path:
@@ -83,7 +79,7 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
         ranker.check()
     check = UserCheck(settings.filters.check) if settings.filters.check is not None else None
     sources = {
-        name: resolve_sources(named, output_dir.parent, seed)
+        name: resolve_sources(named, run_of(output_dir), seed)
         for name, named in (
             ("prompts", settings.prompts),
             ("heldout", settings.heldout),
@@ -98,6 +94,7 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
         "check": check.identity if check is not None else None,
         "settings": settings.model_dump(mode="json", exclude=_APART),
         "seed": seed,
+        **_round_inputs(job),
     }
     with folder_lock(output_dir, lambda text: log(console, f"pairs: {text}")):
         opened = open_stage(output_dir, "pairs", inputs)
@@ -111,15 +108,28 @@ def make_pairs(job: PairsJob, console: Console) -> Path:
         for line in not_read([source for named in sources.values() for source in named]):
             log(console, f"pairs: {line}")
         with _threads(threads):
+            if ranker is not None and opened.state == "fresh":
+                reach_again(ranker, job.in_round)
             generator.open(console)
             if ranker is not None:
                 ranker.open(console)
             filters = Filters(settings.filters, settings.keep, check)
             ledger = Ledger(output_dir / "data-ledger.jsonl")
-            maker = PairMaker(generator, ranker, settings, filters, ledger, output_dir, console)
+            maker = PairMaker(
+                generator, ranker, settings, filters, ledger, output_dir, job.in_round, console
+            )
             outputs = maker.write(sources, inputs, seed)
         finish_stage(output_dir, outputs)
     return output_dir
+
+
+def _round_inputs(job: PairsJob) -> dict[str, Any]:
+    """What the pairs of a part, and of a later round, depend on besides."""
+    parts, number = job.settings.parts, job.in_round
+    return {
+        **({"part": [number, parts]} if parts > 1 else {}),
+        **({"round": number} if number > 1 else {}),
+    }
 
 
 def _computed(settings: PairsSettings, run: RunSettings) -> dict[str, str] | None:
@@ -142,6 +152,7 @@ class PairMaker:
     filters: Filters
     ledger: Ledger
     folder: Path
+    in_round: int
     console: Console
 
     def write(
@@ -155,7 +166,12 @@ class PairMaker:
         prompts, left_out = selected_prompts(
             sources["prompts"], sources["decontaminate"], self.settings, seed, self.ledger, self.log
         )
-        summary = self._make("pairs", prompts, seed)
+        if self.settings.parts > 1:
+            prompts, others = part_of(prompts, self.in_round, self.settings.parts, seed)
+            left_out["in the part of another round"] = others
+        drawn = seed + (self.in_round - 1) * _ROUND_SEED
+        summary: dict[str, Any] = {} if self.in_round == 1 else {"round": self.in_round}
+        summary |= self._make("pairs", prompts, drawn)
         summary["left_out"] = left_out
         outputs = [pairs_file(self.folder, "pairs", kind).name]
         if sources["heldout"]:
@@ -171,7 +187,7 @@ class PairMaker:
         card = data_card(
             summary=summary, sources=names, identities={name: inputs[name] for name in names},
             settings=self.settings.model_dump(mode="json", exclude={"prompts", "heldout"}),
-            seed=seed, versions=versions(), files=outputs,
+            seed=drawn, versions=versions(), files=outputs,
         )  # fmt: skip
         atomic_write_text(self.folder / "README.md", card)
         return [*outputs, "summary.json", "README.md", "data-ledger.jsonl"]
@@ -186,8 +202,9 @@ class PairMaker:
         job = self.generator.plan(prompts, seed, self.ledger)
         answers = self._answers(name, job)
         dropped: Counter[str] = Counter()
+        figures: dict[str, Any] = {}
         if self.ranker is not None:
-            results = self._ranked(self.ranker, name, job, answers, dropped)
+            results, figures["scores"] = self._ranked(self.ranker, name, job, answers, dropped)
         else:
             results = []
             for place, prompt in enumerate(job.prompts):
@@ -195,10 +212,7 @@ class PairMaker:
                 results.append(first_pair(prompt, own, self.filters, dropped))
         pairs = self._kept(job.prompts, results)
         if not pairs:
-            raise UserError(
-                f"pairs: none of {len(job.prompts)} prompts got a rejected answer "
-                f"({dict(dropped)}); raise pairs.samples or pairs.temperature, or filter less"
-            )
+            raise self._without_pairs(len(job.prompts), dropped)
         write_pairs(pairs_file(self.folder, name, self.settings.format), pairs)
         seconds = time.perf_counter() - began
         failed = Counter(failure.reason for failure in self.generator.failed.values())
@@ -215,7 +229,24 @@ class PairMaker:
             "dropped": dict(dropped),
             "failed": dict(failed),
             "seconds": seconds,
+            "characters": length_figures(answers.values(), pairs),
+            **figures,
         }
+
+    def _without_pairs(self, prompts: int, dropped: Counter[str]) -> UserError | Stopped:
+        """What to say, and to do, where no prompt got a pair."""
+        failed = {**self.generator.failed, **(self.ranker.failed if self.ranker else {})}
+        passed_over = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "no answers"
+        text = f"pairs: none of {prompts} prompts got a pair ({passed_over})"
+        if may_pass := [failure for failure in failed.values() if failure.may_pass]:
+            return Stopped(
+                f"{text}, and {len(may_pass)} requests are unanswered ({may_pass[0]}). What was "
+                "generated is kept; the same command asks again."
+            )
+        ways = "raise pairs.samples or pairs.temperature, or filter less"
+        if self.in_round > 1:
+            ways += f"; rounds: {self.in_round - 1} ends the run with the model so far"
+        return UserError(f"{text}; {ways}")
 
     def _kept(self, prompts: Sequence[Prompt], results: Sequence[Pair | str]) -> list[Pair]:
         failed = {**self.generator.failed, **(self.ranker.failed if self.ranker else {})}
@@ -256,8 +287,8 @@ class PairMaker:
         job: GenerationJob,
         answers: dict[int, Candidate],
         dropped: Counter[str],
-    ) -> list[Pair | str]:
-        """Pairs of each prompt's best and worst answer."""
+    ) -> tuple[list[Pair | str], dict[str, float]]:
+        """Pairs of each prompt's best and worst answer, and the `score_figures`."""
         assert self.settings.rank is not None
         margin = self.settings.rank.margin
         passing: dict[int, Candidate] = {}
@@ -269,11 +300,13 @@ class PairMaker:
                 dropped[reason] += 1
         scores = self._scores(ranker, name, job, passing)
         dropped.update(f"not scored: {failure.reason}" for failure in ranker.failed.values())
-        pairs = []
+        pairs: list[Pair | str] = []
+        by_prompt = []
         for place, prompt in enumerate(job.prompts):
             scored = [(passing[n], scores[n]) for n in self._numbers(place) if n in scores]
             pairs.append(ranked_pair(prompt, scored, margin, self.filters, dropped))
-        return pairs
+            by_prompt.append(([score for _, score in scored], isinstance(pairs[-1], Pair)))
+        return pairs, score_figures(by_prompt)
 
     def _scores(
         self, ranker: Ranker, name: str, job: GenerationJob, passing: dict[int, Candidate]

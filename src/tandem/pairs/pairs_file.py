@@ -110,6 +110,8 @@ def _sources(
 def _writer(summary: Mapping[str, Any], settings: Mapping[str, Any], seed: int) -> str:
     drawn = [(key.replace("_", " "), settings[key]) for key in _DRAWN]
     rows = [*_model_rows(summary["writer"]), *drawn, ("seed", seed)]
+    if "round" in summary:
+        rows.append(("round", summary["round"]))
     repeatable = (
         "The server's answers cannot be had again; they are recorded in `generated/`."
         if str(summary["writer"]["by"]).startswith("the server")
@@ -142,12 +144,26 @@ def _counts(summary: Mapping[str, Any]) -> str:
             *((f"passed over: {why}", count) for why, count in counts["dropped"].items()),
             *((f"not answered: {why}", count) for why, count in counts["failed"].items()),
             ("pairs", counts["kept"]),
+            *_means(counts),
         ]
         parts += [f"{name}:", _table(("what", "how many"), rows)]
     if reasons := summary["ledger"].get("reasons"):
         parts.append("Records without a pair, each with file and row in `data-ledger.jsonl`:")
         parts.append(_table(("reason", "records"), reasons))
     return "\n\n".join(parts)
+
+
+def _means(counts: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """Rows on the lengths and the scores of answers, on average."""
+    rows: list[tuple[str, object]] = []
+    for key, what, digits in (("characters", "characters", 0), ("scores", "score", 3)):
+        means = counts.get(key, {})
+        rows += [
+            (f"mean {what}, {whose.replace('_', ' ')}", f"{means[whose]:.{digits}f}")
+            for whose in ("answers", "chosen", "rejected")
+            if whose in means
+        ]
+    return rows
 
 
 def _limits(summary: Mapping[str, Any]) -> str:

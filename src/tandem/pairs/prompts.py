@@ -258,6 +258,28 @@ def selected_prompts(
     return prompts, left_out
 
 
+def part_of(
+    prompts: Sequence[Prompt], part: int, parts: int, seed: int
+) -> tuple[list[Prompt], int]:
+    """Return one of so many parts of some prompts, counted from 1, and how many are in the others.
+
+    The parts are drawn with the seed, and differ in size by one text at most. Prompts of one text
+    are in the same part, so that no part repeats another. Raises UserError for fewer texts than
+    parts.
+    """
+    texts = [hash_bytes(prompt.system.encode(), prompt.question.encode()) for prompt in prompts]
+    distinct = list(dict.fromkeys(texts))
+    if len(distinct) < parts:
+        raise UserError(
+            f"pairs.parts: {len(distinct)} different prompts cannot be divided into {parts} parts; "
+            "set fewer parts, or give more prompts"
+        )
+    random.Random(f"parts:{seed}").shuffle(distinct)
+    own = set(distinct[part - 1 :: parts])
+    kept = [prompt for prompt, text in zip(prompts, texts, strict=True) if text in own]
+    return kept, len(prompts) - len(kept)
+
+
 def heldout_prompts(
     sources: Sequence[DataSource], settings: PairsSettings, ledger: Ledger, log: Log
 ) -> list[Prompt]:

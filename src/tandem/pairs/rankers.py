@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
-from tandem.data.records import Turn
+from tandem.data.records import Origin, Turn
+from tandem.data.sources.rows import is_local
 from tandem.data.tokenize.chat_template import render, resolve_template, tokenize
 from tandem.data.tokenize.template_omissions import omissions_of
 from tandem.data.tokenize.vocabulary import require_rows
 from tandem.errors import UserError
-from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure
+from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure, first_answer
 from tandem.integrations.choose import device_of
 from tandem.model.model_folder import (
     context_length,
@@ -29,6 +30,7 @@ from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import RankSettings, ServerSettings
 from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.console import log
+from tandem.storage.atomic_files import read_json
 from tandem.storage.hashing import hash_json, hash_weights
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ whether it does what was asked; length is no merit of its own. Reply with the nu
 
 [End of the answer. Your number:]"""
 """What a judge is asked; `question` has the system text before it, if there is one."""
+TRIAL = ("What is two and two?", "It is 4")
+"""A question and an answer that a judge is asked about before a run depends on it."""
 
 
 def score_request(prompt: Prompt, answer: str, limit_key: str) -> ChatRequest:
@@ -105,8 +109,19 @@ class RewardModel:
         return hash_weights(model_folder(self._name))
 
     def check(self) -> None:
-        """Raise UserError for a folder that is no model."""
-        check_local_model(self._name)
+        """Raise UserError for a folder whose files show that it is no reward model."""
+        try:
+            check_local_model(self._name)
+        except UserError as error:
+            raise UserError(f"pairs.rank.reward_model: {error}") from None
+        if is_local(self._name):
+            folder = model_folder(self._name)
+            _check_labels(folder)
+            if not _has_template(folder):
+                raise _without_template(folder)
+
+    def reach(self) -> None:
+        """Nothing is to be reached."""
 
     def open(self, console: Console) -> None:  # noqa: ARG002
         """Load the model; raises UserError for one that is no reward model."""
@@ -115,10 +130,7 @@ class RewardModel:
         model = _load_classifier(folder, device.weights)
         self._tokenizer = load_tokenizer(folder)
         if not getattr(self._tokenizer, "chat_template", None):
-            raise UserError(
-                f"pairs.rank.reward_model: {folder} has no chat template, so it is unknown how "
-                "it reads an answer. Put the one it was trained with into its folder."
-            )
+            raise _without_template(folder)
         own = resolve_template(self._tokenizer, None)
         self._template = replace(own, name="the reward model's own")
         self._omissions = omissions_of(self._tokenizer, self._template)
@@ -178,6 +190,44 @@ class RewardModel:
         return scores
 
 
+def _check_labels(folder: Path) -> None:
+    """Raise UserError for a configuration that says how many labels there are, and not one."""
+    try:
+        config = read_json(folder / "config.json")
+        labels = config.get("id2label", config.get("text_config", {}).get("id2label"))
+        classifies = any("SequenceClassification" in name for name in config["architectures"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # said when it is loaded
+    if not classifies:
+        raise _no_reward_model(folder, "its config.json names no sequence classifier")
+    if isinstance(labels, dict) and len(labels) != 1:
+        raise _no_reward_model(folder, f"it has {len(labels)} labels, not one")
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether a tokenizer's files have a chat template, as far as they can be read."""
+    if (folder / "chat_template.json").exists() or any(folder.rglob("*.jinja")):
+        return True
+    try:
+        return "chat_template" in read_json(folder / "tokenizer_config.json")
+    except (OSError, ValueError, TypeError):
+        return True  # said when it is loaded
+
+
+def _without_template(folder: Path) -> UserError:
+    return UserError(
+        f"pairs.rank.reward_model: {folder} has no chat template, so it is unknown how it reads "
+        "an answer. Put the one it was trained with into its folder."
+    )
+
+
+def _no_reward_model(folder: Path, what: str) -> UserError:
+    return UserError(
+        f"pairs.rank.reward_model: {folder} is no reward model: {what}. Name a sequence "
+        "classifier that was trained to score answers."
+    )
+
+
 def _load_classifier(folder: Path, dtype: torch.dtype) -> Any:
     """A classifier with one label; raises UserError for a folder that holds none."""
     from transformers import AutoModelForSequenceClassification
@@ -197,10 +247,7 @@ def _load_classifier(folder: Path, dtype: torch.dtype) -> Any:
         what = f"its files lack {sorted(loaded['missing_keys'])[0]}"
     else:
         return model
-    raise UserError(
-        f"pairs.rank.reward_model: {folder} is no reward model: {what}. Name a sequence "
-        "classifier that was trained to score answers."
-    )
+    raise _no_reward_model(folder, what)
 
 
 class Judge:
@@ -224,6 +271,20 @@ class Judge:
     def check(self) -> None:
         """Raise UserError for a key that is not there."""
         ChatServer(self._server)
+
+    def reach(self) -> None:
+        """Raise UserError for a judge that does not answer, or not with a number."""
+        question, answer = TRIAL
+        prompt = Prompt((Turn("user", question),), "", (), Origin("", 0))
+        request = score_request(prompt, answer, self._server.limit_key)
+        verdict = first_answer(self._server, request, "pairs.rank.judge")
+        if verdict is not None and read_score(verdict.text) is None:
+            shown = " ".join(verdict.text.split())[:_SHOWN]
+            raise UserError(
+                f"pairs.rank.judge: asked to rate an answer, {self._server.model!r} says "
+                f"{shown!r}, which is not a single number from 1 to 10. Name a model that replies "
+                "with the number alone; one that reasons first must have that turned off."
+            )
 
     def open(self, console: Console) -> None:
         """Read the key; nothing is sent yet."""

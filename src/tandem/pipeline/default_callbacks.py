@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tandem.integrations.tracking import Tracking
 from tandem.model.attention.select import is_padded
 from tandem.plan.stage_estimate import (
     StageEstimate,
@@ -12,12 +13,14 @@ from tandem.plan.stage_estimate import (
     estimate_run,
     remember_run,
 )
+from tandem.recipe.run_settings import RunSettings
 from tandem.train.callbacks.callback import Callback, TrainingRun
+from tandem.train.callbacks.user_callbacks import UserCallbacks
 
 
-def default_callbacks() -> list[Callback]:
+def default_callbacks(run: RunSettings) -> list[Callback]:
     """The callbacks of a stage of a run, or of a stage alone."""
-    return [EstimateRun()]
+    return [EstimateRun(), UserCallbacks(run.callbacks), Tracking(run)]
 
 
 class EstimateRun(Callback):

@@ -20,6 +20,8 @@ from tandem.data.resolve_sources import check_format, held_out_of
 from tandem.data.sources.rows import count_sources, is_local, local_files
 from tandem.data.tokenize.chat_template import resolve_template
 from tandem.data.tokenize.vocabulary import add_tokens, tokens_without_row
+from tandem.integrations.trackers import check_tracker
+from tandem.losses.custom import is_custom
 from tandem.model.model_folder import (
     check_fetchable,
     check_lengths,
@@ -31,8 +33,9 @@ from tandem.model.model_folder import (
 )
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.evaluation_settings import EvaluationSettings
-from tandem.recipe.recipe import Recipe
+from tandem.recipe.recipe import Recipe, stages_of
 from tandem.recipe.training_settings import TrainingSettings
+from tandem.runtime.user_code import load_function
 from tandem.storage.atomic_files import read_json
 
 # A length limit where the model's own does not matter.
@@ -54,18 +57,24 @@ def check_paths(recipe: Recipe, *, weights: bool = True) -> None:
 
 
 def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozenset()) -> None:
-    """Look for the local data and models that the `wanted` stages of a resolved recipe need.
+    """Look for the data, models and servers that the `wanted` stages of a resolved recipe need.
 
-    The data of those that are `finished` is not read again.
+    Stages are named as in `stages_of`. The data of those that are `finished` is not read again, and
+    a server is asked one question only if a stage that asks it is not.
 
     Raises UserError for local data that is not there, rows of a later stage that would stop it, a
     folder that is no model, lengths beyond the base model's context, adapters on layers that it
-    does not have, optimizers that do not fit the engine, and what `check_tokens` raises.
+    does not have, optimizers that do not fit the engine, a server that does not answer, and what
+    `check_tokens` raises.
     """
     sections = {"sft", "pairs", "dpo", "evaluate"}
-    check_paths(recipe.model_copy(update=dict.fromkeys(sections - wanted)))
-    asked = recipe.model_copy(update=dict.fromkeys(sections - (wanted - finished)))
+    needed = _works(recipe, wanted)
+    check_paths(recipe.model_copy(update=dict.fromkeys(sections - needed)))
+    to_do = _works(recipe, wanted - finished)
+    asked = recipe.model_copy(update=dict.fromkeys(sections - to_do))
     _check_optimizers(asked)
+    _check_losses(asked)
+    _check_watching(asked)
     _check_rows(asked)
     _check_trained(asked, begins=recipe.sft or recipe.dpo)
     # A training stage that comes first encodes its own data before anything else.
@@ -73,9 +82,25 @@ def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozense
     if asked.evaluate is not None:
         _check_tasks(asked.evaluate)
     if asked.pairs is not None:
-        from tandem.pairs.make_pairs import check_pairs
+        from tandem.pairs.check_pairs import check_pairs
 
         check_pairs(asked.pairs, recipe)
+
+
+def check_training(recipe: Recipe) -> None:
+    """Look for what would stop the DPO stage of a recipe, but for its data.
+
+    Raises UserError for adapters on layers that the base model does not have, and for optimizers
+    that do not fit the engine.
+    """
+    asked = recipe.model_copy(update=dict.fromkeys(("sft", "pairs", "evaluate")))
+    _check_optimizers(asked)
+    _check_trained(asked, begins=recipe.sft or recipe.dpo)
+
+
+def _works(recipe: Recipe, names: Set[str]) -> set[str]:
+    """What the stages of some names do, whatever their round."""
+    return {stage.stage.work for stage in stages_of(recipe) if stage.name in names}
 
 
 def _sources(asked: Recipe) -> list[DataSource]:
@@ -214,6 +239,24 @@ def _check_optimizers(asked: Recipe) -> None:
 
         for name in sorted(named):
             check_optimizer(name, pieces_of(asked.engine), asked.engine, device_of(asked))
+
+
+def _check_losses(asked: Recipe) -> None:
+    """Raise UserError for a loss of the user's own that could not be trained with."""
+    if asked.dpo is not None and any(map(is_custom, asked.dpo.losses)):
+        from tandem.train.objectives.mixture import check_losses
+
+        check_losses(asked.dpo)
+
+
+def _check_watching(asked: Recipe) -> None:
+    """Check the user's own callbacks, and trackers, if a stage is to be trained."""
+    if asked.sft is None and asked.dpo is None:
+        return
+    for name in asked.callbacks:
+        load_function(name, "callbacks")
+    for tracker in asked.trackers:
+        check_tracker(tracker)
 
 
 def _local(sources: Sequence[DataSource]) -> list[DataSource]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -25,24 +26,33 @@ from tandem.storage.folder_lock import check_free
 from tandem.storage.hashing import hash_json, read_object, sealed, text_hash
 from tandem.storage.manifest import NAME as MANIFEST
 from tandem.storage.manifest import check_outputs, read_manifest, versions
-from tandem.storage.run_folder import STAGES, stage_folder
+from tandem.storage.run_folder import model_in_run, stages_in
+
+if TYPE_CHECKING:
+    from tandem.train.callbacks.callback import Callback
 
 # What a run writes beside its stages' folders.
 _ROOT_FILES = (MANIFEST, "recipe.yaml", "report.html")
 
 
 def run_pipeline(
-    recipe: Recipe, *, until: str | None, start: str | None, console: Console
+    recipe: Recipe,
+    *,
+    until: str | None,
+    start: str | None,
+    console: Console,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any] | None:
     """Run a recipe's stages from `start` to `until`; finished ones are recognised, others resumed.
 
     The stages before `start` must be finished. All processes of a launcher call it: they train
-    together, and rank 0 alone does the rest.
+    together, and rank 0 alone does the rest. The callbacks are called in the training stages, after
+    the default ones.
 
     Returns what the evaluation found, in rank 0. Raises UserError for stages that the recipe lacks,
     and what the stages raise.
     """
-    processes = _joined(recipe)
+    processes = joined(recipe)
     if not processes.is_rank0:
         console = Console(quiet=True)
     planned = stages_of(recipe)
@@ -59,14 +69,14 @@ def run_pipeline(
                 continue
             console.rule(f"{number}/{len(planned)} {stage.name}: {stage.note}", align="left")
             finished_before = processes.on_rank0(partial(_is_finished, stage))
-            run = partial(_run_stage, recipe, stage, console)
+            run = partial(_run_stage, recipe, stage, console, callbacks)
             # All processes train; rank 0 does the rest while the others wait.
-            result = run() if stage.name in TRAINING_STAGES else processes.rank0_alone(run)
+            result = run() if stage.stage.work in TRAINING_STAGES else processes.rank0_alone(run)
             processes.on_rank0(partial(_record, recipe, planned, stage, new=not finished_before))
     return result if isinstance(result, dict) else None
 
 
-def _joined(recipe: Recipe) -> ProcessGroup:
+def joined(recipe: Recipe) -> ProcessGroup:
     """Connect the processes that a launcher started."""
     launch = launched()
     if launch.count == 1:
@@ -88,12 +98,13 @@ def _record(
     _write_chain(planned, root, text)
     if text is not None:
         atomic_write_text(root / "recipe.yaml", text)
-    last = result_of(recipe, "dpo")
-    final = stage_folder(root, last)
-    if stage.name in (last, "evaluate") and (final / "config.json").exists():
+    newest = Path(model_in_run(str(root)))
+    # An aligned model, right after it was made and when it is evaluated.
+    results = {one.folder for one in planned if one.stage.work == result_of(recipe, "dpo")}
+    if newest in results and (stage.folder == newest or stage.name == "evaluate"):
         from tandem.report.model_card import write_card
 
-        write_card(root, final)
+        write_card(root, newest)
 
 
 def _select(planned: list[PipelineStage], *, until: str | None, start: str | None) -> set[str]:
@@ -128,9 +139,9 @@ def _check_root(root: Path) -> None:
         read_object(root / MANIFEST, {"stages": dict}, "")
         return
     # The run's own manifest is written anew after each stage.
-    for stage in STAGES:
+    for stage in stages_in(root):
         with suppress(UserError):
-            if read_manifest(stage_folder(root, stage)) is not None:
+            if read_manifest(root / stage.folder) is not None:
                 return
     raise UserError(
         f"output_dir: {root} is not the folder of a run, and the run would overwrite its "
@@ -138,21 +149,24 @@ def _check_root(root: Path) -> None:
     )
 
 
-def _run_stage(recipe: Recipe, stage: PipelineStage, console: Console) -> Any:
+def _run_stage(
+    recipe: Recipe, stage: PipelineStage, console: Console, callbacks: Sequence[Callback]
+) -> Any:
     """Run one stage of a recipe, importing its modules; returns what an evaluation measured."""
-    if stage.name == "sft":
-        return run_training("sft", jobs.sft_job(recipe), console)
-    if stage.name == "dpo":
-        return run_training("dpo", jobs.dpo_job(recipe), console)
-    if stage.name == "pairs":
+    work, in_round = stage.stage.work, stage.stage.round
+    if work == "sft":
+        return run_training("sft", jobs.sft_job(recipe), console, callbacks)
+    if work == "dpo":
+        return run_training("dpo", jobs.dpo_job(recipe, in_round), console, callbacks)
+    if work == "pairs":
         from tandem.pairs.make_pairs import make_pairs
 
-        return make_pairs(jobs.pairs_job(recipe), console)
-    if stage.name == "evaluate":
+        return make_pairs(jobs.pairs_job(recipe, in_round), console)
+    if work == "evaluate":
         from tandem.evaluate.evaluate_models import evaluate_models
 
         return evaluate_models(jobs.evaluation_job(recipe), console)
-    merge = jobs.merge_job(recipe, stage.name)
+    merge = jobs.merge_job(recipe, work, in_round)
     if not merge_is_finished(merge, console):
         from tandem.stages.merge import run_merge
 
@@ -160,8 +174,16 @@ def _run_stage(recipe: Recipe, stage: PipelineStage, console: Console) -> Any:
     return None
 
 
-def run_training(stage: TrainingStageName, job: TrainingJob, console: Console) -> Path:
-    """Run SFT or DPO unless it is finished; torch is imported only if there is something to do."""
+def run_training(
+    stage: TrainingStageName,
+    job: TrainingJob,
+    console: Console,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
+    """Run SFT or DPO unless it is finished; torch is imported only if there is something to do.
+
+    The callbacks are called after the default ones.
+    """
     if training_is_finished(stage, job, console):
         return job.folder
     from tandem.pipeline.default_callbacks import default_callbacks
@@ -169,10 +191,10 @@ def run_training(stage: TrainingStageName, job: TrainingJob, console: Console) -
     if stage == "sft":
         from tandem.stages.sft import run_sft
 
-        return run_sft(job, console, default_callbacks())
+        return run_sft(job, console, [*default_callbacks(job.run), *callbacks])
     from tandem.stages.dpo import run_dpo
 
-    return run_dpo(job, console, default_callbacks())
+    return run_dpo(job, console, [*default_callbacks(job.run), *callbacks])
 
 
 def _write_chain(planned: list[PipelineStage], root: Path, recipe: str | None) -> None:
@@ -185,7 +207,7 @@ def _write_chain(planned: list[PipelineStage], root: Path, recipe: str | None) -
         manifest = read_manifest(stage.folder)
         if manifest is not None:
             kept = ("stage", "status", "inputs_hash", "outputs", "started_at", "finished_at")
-            chain[stage.folder.name] = {key: manifest.get(key) for key in kept}
+            chain[stage.stage.folder] = {key: manifest.get(key) for key in kept}
     remove_left_behind(root)
     about: dict[str, Any] = {"stages": chain, "versions": versions()}
     if recipe is not None:

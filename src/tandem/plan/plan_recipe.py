@@ -42,7 +42,7 @@ from tandem.stages.training.adapter_checks import check_start
 from tandem.stages.training.execution import copies_fit
 from tandem.stages.training.trainer_setup import saved_every
 from tandem.stages.training.training_data import StageReader, TrainingData
-from tandem.storage.run_folder import made_pairs, stage_folder
+from tandem.storage.run_folder import Stage, made_pairs
 from tandem.train.optimizers import OPTIMIZERS, check_optimizer
 from tandem.train.token_budget import token_budget
 
@@ -116,12 +116,14 @@ def plan_recipe(
     planned = stages_of(recipe)
     with tempfile.TemporaryDirectory(prefix="tandem-plan-") as scratch:
         sections = {"sft": recipe.sft, "dpo": recipe.dpo}
-        wanted = [(stage, settings) for stage in planned if (settings := sections.get(stage.name))]
-        data = [available_data(recipe, s, download, Path(scratch)) for _, s in wanted]
-        longest = {str(stage.name): settings.max_length for stage, settings in wanted}
+        wanted = [(one, s) for one in planned if (s := sections.get(one.stage.work))]
+        data = [
+            available_data(recipe, s, download, Path(scratch), one.stage.round) for one, s in wanted
+        ]
+        longest = {stage.name: settings.max_length for stage, settings in wanted}
         check_guesses(guesses, longest, data)
         base = model_folder(recipe.model, recipe.model_revision, weights=False)
-        check_base(base, {str(stage.name): settings for stage, settings in wanted}, weights=False)
+        check_base(base, {stage.stage.work: s for stage, s in wanted}, weights=False)
         planner = _Planner(recipe, processes, console, device, base, device.held_memory())
         trained = [
             planner.stage(stage, settings, here, guess_for(guesses, number))
@@ -131,7 +133,7 @@ def plan_recipe(
 
 
 def available_data(
-    recipe: Recipe, settings: TrainingSettings, download: bool, scratch: Path
+    recipe: Recipe, settings: TrainingSettings, download: bool, scratch: Path, in_round: int = 1
 ) -> PlannedData:
     """The data of one training stage; that of the Hub is only read where `download` allows it.
 
@@ -152,8 +154,9 @@ def available_data(
         way = "add --download to fetch and read it"
         sources = here(settings.data)
     else:
-        way = "make the pairs with `tandem run --until pairs`"
-        made = made_pairs(stage_folder(recipe.output_dir, "pairs"))
+        pairs = Stage("pairs", in_round)
+        way = f"make the pairs with `tandem run --until {pairs.name}`"
+        made = made_pairs(Path(recipe.output_dir) / pairs.folder)
         sources = [] if made is None else [DataSource(path=str(made))]
         notes.append("the pairs are not made yet" if made is None else f"pairs: those of {made}")
     if not sources:
@@ -203,8 +206,9 @@ def check_guesses(
                 "first one; give at least 2"
             )
         if guess is not None and guess.tokens > longest[stage]:
+            section = stage.partition("-")[0]  # of any round
             raise UserError(
-                f"tandem plan: --tokens-per-record {guess.tokens} is above {stage}.max_length "
+                f"tandem plan: --tokens-per-record {guess.tokens} is above {section}.max_length "
                 f"{longest[stage]}: no record that is trained is longer; give at most "
                 f"{longest[stage]}, or raise it"
             )
@@ -230,8 +234,9 @@ class _Planner:
     ) -> TrainingPlan:
         """The plan of one training stage."""
         recipe, device = self.recipe, self.device
-        # After an SFT, the merged model has the added tokens.
-        trains_added = stage.name == "sft" or recipe.sft is None
+        # After an SFT, and after a round, the merged model has the added tokens.
+        work = stage.stage.work
+        trains_added = work == "sft" or (recipe.sft is None and stage.stage.round == 1)
         base = load_base_info(recipe, self.base, settings.max_length, weights=False)
         config, added = base.config, base.added
         notes, engine = list(data.notes), self._engine(settings)
@@ -248,7 +253,7 @@ class _Planner:
         free = device.free_memory() // (self.processes if device.is_host else 1)
         free -= model.shape.parameters * device.weights.itemsize
         setup = StageSetup(
-            name=stage.name,
+            name=work,
             settings=settings,
             device=device,
             processes=self.processes,
@@ -260,25 +265,25 @@ class _Planner:
             quantized=recipe.quantization is not None,
             baseline=self.baseline,
         )
-        work = ledger = estimate = disk = None
+        workload = ledger = estimate = disk = None
         memory: dict[str, Memory] = {}
         if data.sources:
             records = self._read(stage, settings, data, base.chat)
             ledger = records.ledger.summary()
-            work = count_work(records.dataset, setup.pacing(records.parts))
+            workload = count_work(records.dataset, setup.pacing(records.parts))
         elif guess is not None:
-            work = guess_work(guess.records, guess.tokens, setup.pacing(), answers=_ANSWERS)
+            workload = guess_work(guess.records, guess.tokens, setup.pacing(), answers=_ANSWERS)
             notes[-1] = (  # replaces the advice
                 f"guessed: {guess.records:,} records of {guess.tokens:,} tokens each, half of them "
                 "trained, no prompt shared"
             )
         notes += _model_notes(model)
-        if work is not None:
+        if workload is not None:
             spread = not (trains_added and added)
-            estimate, memory = _estimate(setup, model.shape, work, free, spread=spread)
-            sizes = {"steps": work.steps, "records": work.records}
+            estimate, memory = _estimate(setup, model.shape, workload, free, spread=spread)
+            sizes = {"steps": workload.steps, "records": workload.records}
             notes += unmeant(settings, **sizes, processes=self.processes)
-            disk = self._disk(settings, config, model.shape, work)
+            disk = self._disk(settings, config, model.shape, workload)
         return TrainingPlan(
             stage.name, stage.folder, ledger, setup.budget, model.shape, estimate, memory, disk,
             tuple(notes),
@@ -293,7 +298,8 @@ class _Planner:
     ) -> TrainingData:
         if data.held_out is None:
             settings = settings.model_copy(update={"validation": None})
-        reader = StageReader(stage.name, settings.trains_on, settings, chat, None, self.console)
+        work, trains_on = stage.stage.work, settings.trains_on
+        reader = StageReader(work, trains_on, settings, chat, None, self.console)
         return reader.read(data.sources, data.held_out or (), self.recipe.seed)
 
     def _engine(self, settings: TrainingSettings) -> str:

@@ -35,6 +35,8 @@ SftLoss = Literal["nll", "dft"]
 KeptAdapter = Literal["last", "best"]
 BestMetric = Literal["loss", "accuracy", "margin"]
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
 RejectedAnswers = Literal["different", "wrong"]
 Strata = Literal["source", "length"]
 Shares = Literal["proportional", "equal"]

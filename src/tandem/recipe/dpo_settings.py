@@ -16,6 +16,7 @@ from pydantic import (
 
 from tandem.errors import UserError
 from tandem.losses.answers import DivergenceName
+from tandem.losses.custom import check_name, is_custom
 from tandem.losses.known import find_loss, known_losses
 from tandem.losses.registry import PREFERENCE_LOSSES, Compared, PreferenceLoss
 from tandem.recipe import choices
@@ -28,6 +29,9 @@ def _checked(value: str | dict[str, float]) -> str | dict[str, float]:
     if not names:
         raise ValueError("no loss is named; write a name, or a mapping of names to weights")
     for name in names:
+        if is_custom(name):  # its module is imported when the stage begins
+            check_name(name)
+            continue
         try:
             find_loss(name)
         except UserError as error:
@@ -54,7 +58,7 @@ class DpoSettings(TrainingSettings):
     loss: Losses = Field(
         default="sigmoid",
         description="A loss by its name (docs/guide/losses.md), or several with their weights: "
-        "`{sigmoid: 1, sft: 0.1}`.",
+        "`{sigmoid: 1, sft: 0.1}`; one of your own is `module:function`.",
     )
     beta: PositiveFloat = Field(
         default=0.1, description="How strongly the policy is held to the reference."
@@ -102,8 +106,9 @@ class DpoSettings(TrainingSettings):
 
     @property
     def compared(self) -> Compared:
-        """What the losses compare."""
-        return find_loss(next(iter(self.losses))).compared
+        """What the losses compare; functions of the user's own are losses of pairs."""
+        first = next(iter(self.losses))
+        return "pairs" if is_custom(first) else find_loss(first).compared
 
     @property
     def losses(self) -> dict[str, float]:
@@ -112,13 +117,13 @@ class DpoSettings(TrainingSettings):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any of the losses needs log-probs of a reference."""
+        """Whether any of the losses needs log-probs of a reference; imports the user's own."""
         return any(find_loss(name).reference for name in self.losses)
 
     @property
     def sees_steps(self) -> bool:
         """Whether a loss needs a statistic of each step, for which the step is computed before."""
-        return any(find_loss(name).statistic is not None for name in self.losses)
+        return any(one.statistic is not None for one in known_losses(self.losses))
 
     @property
     def reference_passes(self) -> int:
@@ -128,13 +133,14 @@ class DpoSettings(TrainingSettings):
 
     def idle_options(self) -> dict[str, str]:
         """See `TrainingSettings`; what only other losses use is idle, too."""
-        losses = [find_loss(name) for name in self.losses]
-        named = " and ".join(loss.name for loss in losses)
-        used = {option for loss in losses for option in loss.options}
+        named = " and ".join(self.losses)
+        used = {option for loss in known_losses(self.losses) for option in loss.options}
+        # What a function of the user's own uses is checked when it is there, see `Mixture.of`.
+        unknown = any(map(is_custom, self.losses))
         idle = super().idle_options()
         every = (option for loss in PREFERENCE_LOSSES.values() for option in loss.options)
         for option in dict.fromkeys(every):
-            if option not in used:
+            if option not in used and not unknown:
                 users = ", ".join(_users(option))
                 idle[option] = f"loss {named}; remove it, or take a loss that uses it: {users}"
         if self.f_divergence_type != "alpha_divergence":
@@ -143,7 +149,7 @@ class DpoSettings(TrainingSettings):
 
     @model_validator(mode="after")
     def _fits_the_loss(self) -> DpoSettings:
-        losses = [find_loss(name) for name in self.losses]
+        losses = known_losses(self.losses)
         self._check_compared(losses)
         self._check_rows()
         for loss in losses:
@@ -153,7 +159,9 @@ class DpoSettings(TrainingSettings):
         return self
 
     def _check_compared(self, losses: list[PreferenceLoss]) -> None:
-        kinds = {loss.compared: loss.name for loss in losses}
+        kinds: dict[str, str] = {loss.compared: loss.name for loss in losses}
+        if own := next(filter(is_custom, self.losses), None):
+            kinds["pairs"] = own
         if len(kinds) > 1:
             listed = " and ".join(f"{name} (of {kind})" for kind, name in kinds.items())
             raise ValueError(f"{listed} are losses of different things, and cannot be mixed")
@@ -187,9 +195,9 @@ _OTHER_DIVERGENCE = "another f_divergence_type than alpha_divergence; remove it"
 
 def uses_beta(losses: str | Iterable[str]) -> bool:
     """Whether any of some losses, which may be unknown, uses `beta`."""
-    names = [losses] if isinstance(losses, str) else losses
+    names = [losses] if isinstance(losses, str) else list(losses)
     known = known_losses(names)
-    return not known or any("beta" in loss.options for loss in known)
+    return len(known) < len(names) or any("beta" in loss.options for loss in known)
 
 
 def _users(option: str) -> list[str]:

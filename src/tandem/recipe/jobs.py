@@ -48,6 +48,7 @@ class PairsJob:
 
     run: RunSettings
     settings: PairsSettings
+    in_round: int = 1  # decides what is sampled, and which part of the prompts is asked
 
     @property
     def folder(self) -> Path:

@@ -49,6 +49,13 @@ def load_recipe(
     return _checked(data, where, lines, overrides, kind)
 
 
+def changed_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Return a recipe with some values changed; raises UserError as `load_recipe` does."""
+    if not overrides:
+        return recipe
+    return _checked(recipe.model_dump(mode="json"), f"recipe {recipe.name}", {}, overrides)
+
+
 def load_pairs(name_or_path: str | None, overrides: Sequence[str]) -> Recipe:
     """Read a recipe of which only the pairs section and the settings of the run matter.
 
@@ -56,7 +63,8 @@ def load_pairs(name_or_path: str | None, overrides: Sequence[str]) -> Recipe:
     and if no model or server is named to write the answers.
     """
     if name_or_path is not None:
-        recipe = load_recipe(name_or_path, overrides)
+        # Its rounds have no effect here, and would refuse a model that is named.
+        recipe = load_recipe(name_or_path, [*overrides, "rounds=1"])
         if recipe.pairs is None:
             raise UserError(f"{name_or_path}: the recipe has no pairs section")
         named = recipe.sft is None

@@ -230,10 +230,15 @@ class PairsSettings(Section):
     select: SelectSettings = Field(
         default=SelectSettings(), description="Which of the prompts are asked."
     )
+    parts: Positive = Field(
+        default=1,
+        description="Divide the selected prompts into so many parts, of which each round asks one; "
+        "1: every round asks all of them, with a seed of its own.",
+    )
     model: PathText | None = Field(
         default=None,
         description="The weaker model that writes the rejected answers; null: the merged SFT "
-        "model.",
+        "model, in a later round that of the round before.",
     )
     vllm: VllmSettings | None = Field(default=None, description="Generate with vLLM; null: do not.")
     server: ServerSettings | None = Field(

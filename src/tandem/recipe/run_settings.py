@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from tandem.recipe.choices import ENGINES, AttentionName, DeviceName, DtypeName, Quantization
-from tandem.recipe.section import PathText, Positive, Section, expanded
+from tandem.recipe.choices import (
+    ENGINES,
+    AttentionName,
+    DeviceName,
+    DtypeName,
+    Quantization,
+    TrackerName,
+)
+from tandem.recipe.section import PathText, Positive, Section, expanded, listed
 
 
 def checked_engine(engine: str) -> str:
@@ -106,6 +113,39 @@ class RunSettings(Section):
     compile: bool = Field(
         default=False, description="Compile norms and gated MLPs with torch.compile."
     )
+    callbacks: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(listed)
+    ] = Field(
+        default=(),
+        description="Functions of your own as `module:function`, told each logged step, score and "
+        "checkpoint; one that returns `stop` ends the run, to be resumed.",
+    )
+    trackers: Annotated[tuple[TrackerName, ...], BeforeValidator(listed)] = Field(
+        default=(),
+        description="Where settings, metrics, held-out scores and the summary go as well: "
+        "`tensorboard`, `wandb`, `mlflow`, `trackio`.",
+    )
+    tracker_project: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The trackers' project (MLflow: experiment); null: the recipe's name.",
+    )
+    tracker_run: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The run's name in the trackers, before that of the stage; null: the folder's.",
+    )
     hpu: HpuSettings = Field(
         default=HpuSettings(), description="Settings that only Gaudi cards use."
     )
+
+    @model_validator(mode="after")
+    def _told_once_and_with_effect(self) -> Self:
+        for key in ("callbacks", "trackers"):
+            names = getattr(self, key)
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{key}: {twice[0]} is named twice; keep one")
+        for key in ("tracker_project", "tracker_run"):
+            if getattr(self, key) is not None and not self.trackers:
+                raise ValueError(f"{key} has no effect without trackers; name some, or remove it")
+        return self

@@ -55,6 +55,14 @@ def _value(match: re.Match[str]) -> str:
     return value
 
 
+def listed(value: object) -> object:
+    """Accept a single text where a list of them is meant."""
+    # A tuple, because pydantic's strict mode takes no list from a validator.
+    return (
+        (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    )
+
+
 Positive = Annotated[int, Field(gt=0)]
 PathText = Annotated[str, AfterValidator(expanded)]
 """A file, a folder, or a name that is neither, such as a Hub id; see `expanded`."""

@@ -18,6 +18,7 @@ from tandem.recipe import choices
 from tandem.recipe.data_source import Sources, Unweighted
 from tandem.recipe.lora_settings import LoraSettings as LoraSettings
 from tandem.recipe.method_options import in_words, without_effect
+from tandem.recipe.samples_settings import SamplesSettings
 from tandem.recipe.section import Positive, Section
 
 
@@ -192,6 +193,10 @@ class TrainingSettings(Section):
     early_stopping: EarlyStoppingSettings | None = Field(
         default=None,
         description="Ends the stage when held-out scores no longer improve; null: never.",
+    )
+    samples: SamplesSettings | None = Field(
+        default=None,
+        description="Prompts answered before the first step and at every checkpoint; null: none.",
     )
     on_bad_record: choices.OnBadRecord = Field(
         default="stop",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tandem.losses.known import find_loss
+from tandem.losses.known import known_losses
 from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.training_settings import TrainingSettings
 
@@ -48,9 +48,9 @@ def unmeant(
 def _unusual_beta(settings: DpoSettings) -> list[str]:
     """Return a sentence on a `beta` that is meant for other losses."""
     warnings = []
-    for name in settings.losses:
-        about = find_loss(name).about
-        if about is None or about.usual_beta is None or "beta" not in find_loss(name).options:
+    for loss in known_losses(settings.losses):
+        about, name = loss.about, loss.name
+        if about is None or about.usual_beta is None or "beta" not in loss.options:
             continue
         low, high = about.usual_beta
         if not low <= settings.beta <= high:

@@ -15,10 +15,11 @@ from markupsafe import Markup
 
 from tandem.report import training_section
 from tandem.report.result_rows import compared_rows, result_rows, shown_measures, task_notes
-from tandem.report.run_facts import STAGE_FOLDERS, RunFacts, StageFacts, read_run, run_warnings
-from tandem.result_warnings import MODEL_LABELS, mapping, model_names, sampling_error
+from tandem.report.rounds_section import round_models, rounds_charts, rounds_table
+from tandem.report.run_facts import RunFacts, StageFacts, read_run, run_warnings
+from tandem.result_warnings import mapping, model_label, model_names, sampling_error
 from tandem.storage.atomic_files import atomic_write_text
-from tandem.wording import count, duration, is_number, percent, short_count
+from tandem.wording import count, duration, is_number, number, percent, short_count
 
 PAGE = "report.html"
 _PAIRS_SHOWN = 4
@@ -49,8 +50,8 @@ def write_report(run_dir: Path) -> Path:
 
 
 @functools.cache
-def page_template() -> Template:
-    """The page's template; to compile it takes longer than to fill it in."""
+def page_template(name: str = "page.html.jinja") -> Template:
+    """A page's template; to compile it takes longer than to fill it in."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -59,12 +60,13 @@ def page_template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup  # only for charts, which escape what they print
-    return environment.get_template("page.html.jinja")
+    return environment.get_template(name)
 
 
 def render(facts: RunFacts) -> str:
     """Return the whole page. The template escapes all text from files."""
     models = mapping(facts.evaluation.get("models")).values()
+    models_of_rounds = round_models(facts)
     with_errors = any(mapping(model).get("errors") for model in models)
     return page_template().render(
         facts=facts,
@@ -76,8 +78,10 @@ def render(facts: RunFacts) -> str:
         rows=result_rows(facts.evaluation),
         result_note=_result_note(facts.evaluation),
         compared=compared_rows(facts.evaluation, "previous") if with_errors else [],
-        compared_names=[MODEL_LABELS.get(n, n) for n in model_names(facts.evaluation)],
+        compared_names=[model_label(n) for n in model_names(facts.evaluation)],
         task_notes=task_notes(facts.evaluation),
+        rounds=rounds_table(models_of_rounds),
+        round_charts=rounds_charts(models_of_rounds),
         sections=[_section(s) for s in facts.stages if s.kind in ("sft", "pairs", "dpo")],
         others=[(s.title, s.name, _flat(s.summary)) for s in facts.stages if s.kind == "merge"],
         samples=_samples(facts.evaluation),
@@ -98,11 +102,12 @@ def _section(stage: StageFacts) -> dict[str, Any]:
         "ledger": training_section.ledger_counts(stage),
         "reasons": training_section.ledger_reasons(stage),
         "ledger_lines": stage.ledger,
+        "answered": training_section.answered_prompts(stage),
     }
 
 
 def _steps(facts: RunFacts) -> list[_Step]:
-    steps = {name: _Step(name, STAGE_FOLDERS[name].title, "missing") for name in facts.missing}
+    steps = {one.folder: _Step(one.folder, one.title, "missing") for one in facts.missing}
     for stage in facts.stages:
         manifest = stage.manifest
         steps[stage.name] = _Step(
@@ -114,7 +119,8 @@ def _steps(facts: RunFacts) -> list[_Step]:
             tuple((str(k), str(v)) for k, v in mapping(manifest.get("outputs")).items()),
             json.dumps(manifest.get("inputs", {}), indent=2, ensure_ascii=False),
         )
-    return [steps[name] for name in sorted(steps)]
+    order = sorted(facts.missing + facts.known, key=lambda one: one.place)
+    return [steps[one.folder] for one in order] or list(steps.values())
 
 
 def _took(start: object, end: object) -> str:
@@ -149,6 +155,12 @@ def _pairs(stage: StageFacts) -> dict[str, Any]:
     heldout = mapping(s.get("heldout")).get("kept")
     if is_number(heldout):
         figures.append(("kept for evaluation", count(heldout)))
+    for key, title, show in (
+        ("characters", "mean answer", lambda value: f"{value:.0f} characters"),
+        ("scores", "mean score", lambda value: number(value, 3)),
+    ):
+        if is_number(mean := mapping(s.get(key)).get("answers")):
+            figures.append((title, show(mean)))
     if is_number(s.get("seconds")):
         figures.append(("time", duration(s["seconds"])))
     dropped = [
@@ -200,7 +212,7 @@ def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             {
                 "prompt": str(sample.get("prompt", "")),
                 "expected": str(sample.get("expected") or ""),
-                "answers": [(n, MODEL_LABELS.get(n, n), str(answers[n])) for n in names],
+                "answers": [(n, model_label(n), str(answers[n])) for n in names],
             }
         )
     return samples

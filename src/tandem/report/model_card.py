@@ -19,7 +19,7 @@ from tandem.report.run_facts import (
     read_run,
     run_warnings,
 )
-from tandem.result_warnings import MODEL_LABELS, mapping, model_names
+from tandem.result_warnings import mapping, model_label, model_names
 from tandem.storage.atomic_files import atomic_write_text
 from tandem.wording import count, is_number
 
@@ -114,7 +114,7 @@ def _loss_options(stage: StageFacts) -> list[str]:
 
 
 def _header(facts: Mapping[str, Any]) -> str:
-    tags = ["tandem", *(s["kind"] for s in facts["stages"])]
+    tags = list(dict.fromkeys(["tandem", *(s["kind"] for s in facts["stages"])]))
     header: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -194,7 +194,7 @@ def _tasks_text(evaluation: Mapping[str, Any]) -> str:
     rows = [row for row in compared if row.measure.key in keys]
     if not rows:
         return ""
-    names = [MODEL_LABELS.get(n, n) for n in model_names(evaluation)]
+    names = [model_label(n) for n in model_names(evaluation)]
     body = [(f"{r.measure.title} ({r.details})", *(c.text for c in r.cells)) for r in rows]
     notes = "\n".join(f"- {_line(note)}." for note in result_rows.task_notes(evaluation))
     table = "\n".join(_table(("task", *names), body))

@@ -15,7 +15,8 @@ from tandem.wording import number, short_count
 
 WIDTH, HEIGHT = 540, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 62, 14, 34
-_LEGEND = 18  # more room at the top when several lines need names
+_LEGEND = 18  # more room at the top for each row of names, when several lines need some
+_CHARACTER = 6.6  # width of one in a name
 _MAX_POINTS = 400
 _SMOOTH_FROM = 40
 _STEPS = 4  # an axis has about so many
@@ -23,12 +24,16 @@ _STEPS = 4  # an axis has about so many
 
 @dataclass(frozen=True)
 class Series:
-    """A named line: `tone` is a colour of the page (blue, teal, rose, amber, violet)."""
+    """A named line: `tone` is a colour of the page (blue, teal, rose, amber, violet).
+
+    `stroke` is dashed or dotted where lines share a colour.
+    """
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
     tone: str = "blue"
+    stroke: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,11 @@ def line_chart(
     x_label: str = "step",
     y_format: Callable[[float], str] = number,
     from_zero: bool = False,
+    named: bool = True,
 ) -> str:
     """Draw lines over a common axis, each named and labelled with its last value.
+
+    Lines are not `named` where the page has their names and last values elsewhere.
 
     Values that are not finite break the line. From 40 points on, the bold line is a centred
     running mean (see `smoothing_window`) over the thin line of the logged values; more than 400
@@ -84,8 +92,10 @@ def line_chart(
     x_low, x_high = min(xs), max(xs)
     if x_low == x_high:
         x_low, x_high = x_low - 1, x_high + 1
-    top = _TOP + (_LEGEND if len(points) > 1 else 0)
-    frame = _Frame(x_low, x_high, ticks[0], ticks[-1], top)
+    rows = _legend_rows([(s.name, s.tone) for s, _ in points]) if named and len(points) > 1 else []
+    top = _TOP + _LEGEND * len(rows)
+    extra = _LEGEND * max(0, len(rows) - 2)  # two rows leave the lines enough room
+    frame = _Frame(x_low, x_high, ticks[0], ticks[-1], top - extra)
     x_ticks = [x for x in _ticks(x_low, x_high, whole=_whole(xs)) if x_low <= x <= x_high]
     parts = [_y_axis(frame, ticks, y_format), _x_axis(frame, x_ticks, x_label)]
     ends: list[tuple[float, str, str]] = []
@@ -93,10 +103,10 @@ def line_chart(
         parts.append(_line(frame, one, path, y_format, x_label))
         last = [y for _, y in _smooth(path) if math.isfinite(y)][-1]
         ends.append((frame.y(last), y_format(last), one.tone))
-    parts += _end_labels(ends)
-    if len(points) > 1:
-        parts.append(_legend([(s.name, s.tone) for s, _ in points]))
-    return _svg(parts, label)
+    if named:
+        parts += _end_labels(ends)
+    legend = "".join(_legend(row, 11 - extra + _LEGEND * place) for place, row in enumerate(rows))
+    return _svg([*parts, legend], label, above=extra)
 
 
 def histogram(
@@ -162,6 +172,12 @@ def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
     return _svg(parts, label, height=row * len(bars))
 
 
+def swatch(one: Series) -> str:
+    """Draw a short piece of a line, for a legend."""
+    kind = escape(f"line tone-{one.tone} {one.stroke}".rstrip(), quote=True)
+    return f'<svg class="swatch" viewBox="0 0 24 8">{_rule(kind, 1, 4, 23, 4)}</svg>'
+
+
 def smoothing_window(points: int) -> int:
     """Return how many logged values the bold line averages: odd, 1 below 40 points."""
     shown = min(points, _MAX_POINTS)
@@ -204,7 +220,8 @@ def _line(
     parts = []
     if smoothing_window(len(points)) > 1:
         parts.append(f'<path class="raw tone-{one.tone}" d="{_path(frame, points)}"/>')
-    parts.append(f'<path class="line tone-{one.tone}" d="{_path(frame, _smooth(points))}"/>')
+    kind = f"line tone-{one.tone} {one.stroke}".rstrip()
+    parts.append(f'<path class="{kind}" d="{_path(frame, _smooth(points))}"/>')
     for x, y in points:
         if math.isfinite(y):
             title = f"{one.name} {y_format(y)}, {x_label} {number(x)}"
@@ -286,12 +303,28 @@ def _end_labels(ends: list[tuple[float, str, str]]) -> list[str]:
     ]
 
 
-def _legend(names: list[tuple[str, str]]) -> str:
+def _legend_rows(names: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """Names with their tones, in rows that fit into the chart's width; the longest are cut."""
+    most = int((WIDTH - _LEFT - 22) / _CHARACTER)
+    rows: list[list[tuple[str, str]]] = []
+    left = 0.0
+    for name, tone in names:
+        shown = name if len(name) <= most else f"…{name[1 - most :]}"
+        wide = 42 + _CHARACTER * len(shown)
+        if not rows or wide - 20 > left:
+            rows.append([])
+            left = WIDTH - _LEFT
+        rows[-1].append((shown, tone))
+        left -= wide
+    return rows
+
+
+def _legend(names: list[tuple[str, str]], y: float) -> str:
     parts, x = [], float(_LEFT)
     for name, tone in names:
-        parts.append(_rule(f"line tone-{tone}", x, 11, x + 16, 11))
-        parts.append(_text("name", x + 22, 15, name))
-        x += 22 + 6.6 * len(name) + 20
+        parts.append(_rule(f"line tone-{tone}", x, y, x + 16, y))
+        parts.append(_text("name", x + 22, y + 4, name))
+        x += 42 + _CHARACTER * len(name)
     return "".join(parts)
 
 
@@ -310,9 +343,9 @@ def _dot(kind: str, x: float, y: float, title: str) -> str:
     return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4">{inside}</circle>'
 
 
-def _svg(parts: list[str], label: str, height: int = HEIGHT) -> str:
+def _svg(parts: list[str], label: str, height: int = HEIGHT, above: int = 0) -> str:
+    """The whole chart, with `above` more room over its origin."""
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label, quote=True)}">'
-        + "".join(parts)
-        + "</svg>"
+        f'<svg viewBox="0 {-above} {WIDTH} {height + above}" role="img" '
+        f'aria-label="{escape(label, quote=True)}">' + "".join(parts) + "</svg>"
     )

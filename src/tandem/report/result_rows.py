@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tandem.result_warnings import MODEL_LABELS, mapping, model_names
+from tandem.result_warnings import mapping, model_label, model_names
 from tandem.wording import is_number, number, percent
 
 
@@ -98,7 +98,7 @@ def result_rows(evaluation: Mapping[str, Any]) -> list[ResultRow]:
         values = mapping(models[name])
         cells = tuple(_cell(m, values, before) for m in measures)
         before |= {m.key: values[m.key] for m in measures if is_number(values.get(m.key))}
-        label, path = MODEL_LABELS.get(name, name), str(values.get("path", ""))
+        label, path = model_label(name), str(values.get("path", ""))
         rows.append(ResultRow(name, label, path, cells))
     return rows
 
@@ -134,7 +134,8 @@ def compared_rows(
     rows = []
     for measure in [*tasks, *shown_measures(evaluation)]:
         cells = tuple(
-            _compared(measure, mapping(models[name]), against) for name in model_names(evaluation)
+            compared_cell(measure, mapping(models[name]), against)
+            for name in model_names(evaluation)
         )
         details = measure.meaning if measure in tasks else ""
         rows.append(ComparedRow(measure, details, cells))
@@ -166,7 +167,7 @@ def _judge_notes(judge: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, one in mapping(judge.get("models")).items():
         verdicts = mapping(one)
-        label, first = (MODEL_LABELS.get(n, n) for n in (str(name), str(judge.get("against"))))
+        label, first = map(model_label, (str(name), str(judge.get("against"))))
         line = (
             f"{judge.get('name')} on {label} against {first}: {verdicts.get('wins')} won, "
             f"{verdicts.get('ties')} tied, {verdicts.get('losses')} lost"
@@ -198,7 +199,11 @@ def _cell(measure: Measure, values: Mapping[str, Any], before: Mapping[str, floa
     return Cell(_shown(measure, value), change.replace("-", "−"), *_marks(measure, step), note)
 
 
-def _compared(measure: Measure, values: Mapping[str, Any], against: str) -> Cell:
+def compared_cell(measure: Measure, values: Mapping[str, Any], against: str) -> Cell:
+    """A value with its error, and its difference from another model's.
+
+    `values` are those of one model as in evaluation.json, `against` is the key of the difference.
+    """
     value = values.get(measure.key)
     if not is_number(value):
         return Cell("–")

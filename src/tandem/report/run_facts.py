@@ -16,18 +16,21 @@ from tandem.result_warnings import ReportWarning, evaluation_warnings, mapping
 from tandem.storage.atomic_files import read_json
 from tandem.storage.hashing import hash_file, unsealed
 from tandem.storage.run_folder import (
-    FOLDERS,
     KIND_TITLES,
+    MOST_ROUNDS,
+    ROUND_STAGES,
     TRAINING_STAGES,
-    StageFolder,
+    Stage,
     StageName,
+    run_of,
+    stages_in,
 )
 from tandem.wording import chosen_collapse
 
 # Outputs of stages that a page shows, in part or whole.
 _SHOWN = (
-    "summary.json", "metrics.jsonl", "validation.jsonl", "data-ledger.jsonl", "pairs.jsonl",
-    "pairs.parquet", "evaluation.json",
+    "summary.json", "metrics.jsonl", "validation.jsonl", "samples.jsonl", "data-ledger.jsonl",
+    "pairs.jsonl", "pairs.parquet", "evaluation.json",
 )  # fmt: skip
 # The stages of each section of a recipe.
 _SECTION_STAGES: dict[str, tuple[StageName, ...]] = {
@@ -36,8 +39,6 @@ _SECTION_STAGES: dict[str, tuple[StageName, ...]] = {
     "dpo": ("dpo", "dpo-merge"),
     "evaluate": ("evaluate",),
 }
-# Stages by their folders' names.
-STAGE_FOLDERS = {folder.name: folder for folder in FOLDERS.values()}
 LEDGER_LINES_SHOWN = 25
 # The losses of stages whose settings name none.
 _USUAL_LOSSES = {"sft": "nll", "dpo": "sigmoid"}
@@ -57,6 +58,8 @@ class StageFacts:
     ledger: tuple[Mapping[str, Any], ...]
     problems: tuple[str, ...]
     validation: tuple[Mapping[str, Any], ...] = ()
+    in_round: int = 1
+    samples: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def status(self) -> str:
@@ -74,9 +77,10 @@ class RunFacts:
     recipe_text: str
     recipe: Mapping[str, Any]
     stages: tuple[StageFacts, ...]
-    missing: tuple[str, ...]
+    missing: tuple[Stage, ...]
     evaluation: Mapping[str, Any]
     problems: tuple[str, ...] = ()
+    known: tuple[Stage, ...] = ()  # the stages whose folders it has; none for a single stage's
 
     @property
     def trained(self) -> list[StageFacts]:
@@ -100,32 +104,25 @@ def read_run(folder: Path) -> RunFacts:
             f"There is no folder {folder}. Give the folder of a run, such as runs/demo."
         )
     problems: list[str] = []
-    names = [name for name in STAGE_FOLDERS if (folder / name).is_dir()]
+    known = tuple(stages_in(folder))
     recipe_file = folder / "recipe.yaml"
-    if names or recipe_file.exists():
-        stages = tuple(_read_stage(folder / name, name) for name in names)
+    if known or recipe_file.exists():
+        stages = tuple(_read_stage(folder / stage.folder, stage) for stage in known)
         manifest = _object(folder / "manifest.json", problems)
     elif (folder / "manifest.json").exists() or (folder / "metrics.jsonl").exists():
-        stages, manifest = (_read_stage(folder, ""),), {}
+        stages, manifest = (_read_stage(folder, None),), {}
     else:
         raise UserError(
             f"{folder} holds no run of tandem: no recipe.yaml, no manifest.json and no stage "
             f"folder such as 1-sft. Give the folder of a run, such as runs/demo."
         )
-    if names and not recipe_file.exists():
+    if known and not recipe_file.exists():
         problems.append("recipe.yaml is missing")
     elif (recorded := manifest.get("recipe")) is not None and (
         not recipe_file.is_file() or hash_file(recipe_file) != recorded
     ):
         problems.append("recipe.yaml is not as the run left it: it was changed")
     recipe_text, recipe = _recipe(recipe_file, problems)
-    wanted = [
-        FOLDERS[stage].name
-        for section, stages in _SECTION_STAGES.items()
-        if recipe.get(section)
-        for stage in stages
-        if not (stage.endswith("-merge") and mapping(recipe[section]).get("full"))
-    ]
     evaluations = [s.folder / "evaluation.json" for s in stages if s.kind == "evaluate"]
     return RunFacts(
         name=str(recipe.get("name") or folder.resolve().name),
@@ -134,10 +131,26 @@ def read_run(folder: Path) -> RunFacts:
         recipe_text=recipe_text,
         recipe=recipe,
         stages=stages,
-        missing=tuple(name for name in wanted if name not in names),
+        missing=tuple(stage for stage in _wanted(recipe) if stage not in known),
         evaluation=_object(evaluations[0], problems) if evaluations else {},
         problems=tuple(problems + [p for s in stages for p in s.problems]),
+        known=known,
     )
+
+
+def _wanted(recipe: Mapping[str, Any]) -> list[Stage]:
+    """Return the stages that a recipe asks for."""
+    rounds = recipe.get("rounds")
+    if not isinstance(rounds, int) or not 1 <= rounds <= MOST_ROUNDS:
+        rounds = 1
+    return [
+        Stage(work, number)
+        for section, works in _SECTION_STAGES.items()
+        if recipe.get(section)
+        for work in works
+        if not (work.endswith("-merge") and mapping(recipe[section]).get("full"))
+        for number in range(1, rounds + 1 if work in ROUND_STAGES else 2)
+    ]
 
 
 def warnings_of_run(run_dir: Path) -> list[ReportWarning]:
@@ -164,7 +177,7 @@ def run_warnings(facts: RunFacts) -> list[ReportWarning]:
             seen.append(ReportWarning("note", f"{stage.title} is not finished", text))
     seen += evaluation_warnings(facts.evaluation)
     if facts.missing:
-        names = ", ".join(f"{STAGE_FOLDERS[name].title} ({name})" for name in facts.missing)
+        names = ", ".join(f"{one.title} ({one.folder})" for one in facts.missing)
         text = f"The recipe also asks for: {names}. Not there yet."
         seen.append(ReportWarning("note", "partial run", text))
     return sorted(seen, key=lambda one: one.level != "warning")
@@ -190,19 +203,18 @@ def find_key(value: object, key: str) -> Any:
     return next((inner for inner in values if inner is not None), None)
 
 
-def _read_stage(folder: Path, name: str) -> StageFacts:
+def _read_stage(folder: Path, known: Stage | None) -> StageFacts:
     problems: list[str] = []
     manifest = _object(folder / "manifest.json", problems)
     if not (folder / "manifest.json").exists() and any(folder.iterdir()):
         problems.append(
-            f"{folder.name}/manifest.json is missing: whether it is finished is unknown"
+            f"{_shown(folder / 'manifest.json')} is missing: whether it is finished is unknown"
         )
     metrics = _lines(folder / "metrics.jsonl", problems)
-    known = STAGE_FOLDERS.get(name)
     kind = known.kind if known else _kind(folder, manifest, metrics)
     problems += _changed(folder, mapping(manifest.get("outputs")))
     return StageFacts(
-        name=name or folder.resolve().name,
+        name=known.folder if known else folder.resolve().name,
         title=_title(kind, loss_names(kind, manifest), known),
         kind=kind,
         folder=folder,
@@ -211,7 +223,9 @@ def _read_stage(folder: Path, name: str) -> StageFacts:
         metrics=metrics,
         ledger=_lines(folder / "data-ledger.jsonl", problems, LEDGER_LINES_SHOWN),
         validation=_lines(folder / "validation.jsonl", problems),
+        samples=_lines(folder / "samples.jsonl", problems),
         problems=tuple(problems),
+        in_round=known.round if known else 1,
     )
 
 
@@ -222,12 +236,13 @@ def loss_names(kind: str, manifest: Mapping[str, Any]) -> list[str]:
     return [] if names == [_USUAL_LOSSES.get(kind)] else list(map(str, names))
 
 
-def _title(kind: str, losses: Sequence[str], known: StageFolder | None) -> str:
+def _title(kind: str, losses: Sequence[str], known: Stage | None) -> str:
     """Return a stage's title. Only the usual loss of pairs is Direct Preference Optimization."""
-    title = known.title if known else KIND_TITLES.get(kind, kind)
+    title = KIND_TITLES.get(kind, kind)
     if losses:
         title = f"{'Preference training' if kind == 'dpo' else title} ({', '.join(losses)})"
-    return title
+        return known.titled(title) if known else title
+    return known.title if known else title
 
 
 def _kind(folder: Path, manifest: Mapping[str, Any], metrics: tuple[Any, ...]) -> str:
@@ -244,11 +259,16 @@ def _kind(folder: Path, manifest: Mapping[str, Any], metrics: tuple[Any, ...]) -
 def _changed(folder: Path, outputs: Mapping[str, Any]) -> list[str]:
     """Return a line on each shown output that changed after its stage finished."""
     return [
-        f"{folder.name}/{name} is not as the stage left it: it is missing, damaged or was changed"
+        f"{_shown(folder / name)} is not as the stage left it: it is missing, damaged or changed"
         for name in _SHOWN
         if name in outputs
         and (not (folder / name).is_file() or hash_file(folder / name) != outputs[name])
     ]
+
+
+def _shown(path: Path) -> str:
+    """A file's path from its run's folder on, or with the name of the folder it is in."""
+    return str(path.relative_to(run_of(path.parent)))
 
 
 def _object(path: Path, problems: list[str]) -> Mapping[str, Any]:
@@ -258,17 +278,17 @@ def _object(path: Path, problems: list[str]) -> Mapping[str, Any]:
         value = read_json(path)
         value = unsealed(value) if isinstance(value, dict) else value
     except (ValueError, OSError, RecursionError) as error:
-        problems.append(f"{path.parent.name}/{path.name} cannot be read: {error}")
+        problems.append(f"{_shown(path)} cannot be read: {error}")
         return {}
     if not isinstance(value, Mapping):
-        problems.append(f"{path.parent.name}/{path.name} holds no JSON object")
+        problems.append(f"{_shown(path)} holds no JSON object")
     return mapping(value)
 
 
 def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[Any, ...]:
     if not path.is_file():
         if path.exists() or path.is_symlink():
-            problems.append(f"{path.parent.name}/{path.name} is no file")
+            problems.append(f"{_shown(path)} is no file")
         return ()
     lines: list[Mapping[str, Any]] = []
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -280,12 +300,12 @@ def _lines(path: Path, problems: list[str], limit: int | None = None) -> tuple[A
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                problems.append(f"{path.parent.name}/{path.name}, row {row}: {error}")
+                problems.append(f"{_shown(path)}, row {row}: {error}")
                 continue
             if isinstance(value, Mapping):
                 lines.append(value)
             else:
-                problems.append(f"{path.parent.name}/{path.name}, row {row}: no JSON object")
+                problems.append(f"{_shown(path)}, row {row}: no JSON object")
     return tuple(lines)
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tandem.report.result_rows import Cell, compared_rows, result_rows, shown_measures, task_notes
-from tandem.result_warnings import MODEL_LABELS, ReportWarning, mapping, model_names
+from tandem.result_warnings import ReportWarning, mapping, model_label, model_names
 
 _STYLES = {"good": "green", "bad": "red", "": "dim"}
 _LEFT_OUT = {"mean_answer_tokens"}
@@ -30,7 +30,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
     for i in shown:
         table.add_column(measures[i].title, justify="right", min_width=7)
     for row in result_rows(evaluation):
-        table.add_row(Text(row.label), *(_cell(row.cells[i]) for i in shown))
+        table.add_row(Text(row.label), *(cell_text(row.cells[i]) for i in shown))
     return table
 
 
@@ -44,12 +44,12 @@ def comparison_table(evaluation: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("measure", overflow="fold")
     for name in names:
-        table.add_column(Text(MODEL_LABELS.get(name, name)), justify="right", overflow="fold")
+        table.add_column(Text(model_label(name)), justify="right", overflow="fold")
     for row in compared_rows(evaluation, "first"):
         title = Text(row.measure.title, "bold")
         if row.details:
             title.append(f"\n{row.details}", "not bold dim")
-        table.add_row(title, *map(_cell, row.cells))
+        table.add_row(title, *map(cell_text, row.cells))
     return table
 
 
@@ -58,7 +58,7 @@ def comparison_notes(evaluation: Mapping[str, Any]) -> list[str]:
     names = model_names(evaluation)
     notes = ["± is one standard error."]
     if len(names) > 1:
-        first = MODEL_LABELS.get(names[0], names[0])
+        first = model_label(names[0])
         notes.append(f"Changes are from {first}, item by item, shares in percentage points.")
     return [" ".join(notes), *task_notes(evaluation)]
 
@@ -70,7 +70,7 @@ def samples_table(evaluation: Mapping[str, Any], most: int = _SAMPLES) -> Table:
     answered = {name for sample in samples for name in mapping(sample.get("answers"))}
     names = [name for name in model_names(evaluation) if name in answered]
     table = Table(box=box.ROUNDED, header_style="bold", show_lines=True, expand=True)
-    for title in ("question", "expected", *(MODEL_LABELS.get(n, n) for n in names)):
+    for title in ("question", "expected", *map(model_label, names)):
         table.add_column(Text(title), ratio=1, overflow="fold")
     for sample in samples:
         answers = mapping(sample.get("answers"))
@@ -90,7 +90,8 @@ def warning_lines(warnings: Sequence[ReportWarning]) -> list[Text]:
     ]
 
 
-def _cell(cell: Cell) -> Text:
+def cell_text(cell: Cell) -> Text:
+    """A cell with its change and note below."""
     text = Text(cell.text)
     if cell.change:
         text.append("\n" + f"{cell.arrow} {cell.change}".strip(), _STYLES[cell.verdict])

@@ -66,6 +66,10 @@ _REWARDS = {
 _HELD_OUT_TONES = {"blue": "rose", "violet": "amber", "teal": "amber"}
 
 
+# The colours of the lines of a chart that has one for each data set, in turn.
+_TONES = ("blue", "rose", "teal", "amber", "violet")
+
+
 def tiles(stage: StageFacts) -> list[tuple[str, str]]:
     """Return the key figures that a stage's summary has, as (title, value)."""
     s = stage.summary
@@ -150,6 +154,26 @@ def curves(stage: StageFacts) -> list[Figure]:
         )
         if svg:
             figures.append(Figure(chart.title, captions.get(chart.title, chart.caption), svg))
+        if chart.title == "Loss":
+            figures += _losses_of_data_sets(stage)
+    return figures
+
+
+def _losses_of_data_sets(stage: StageFacts) -> list[Figure]:
+    """Return a chart of the loss of each data set, and one of their held-out losses."""
+    figures = []
+    for lines, start, title in (
+        (stage.metrics, "loss_of/", "Loss by data set"),
+        (stage.validation, "eval_loss_of/", "Held-out loss by data set"),
+    ):
+        keys = dict.fromkeys(key for line in lines for key in line if key.startswith(start))
+        series = [
+            _series(lines, key, key.removeprefix(start), _TONES[place % len(_TONES)], unit=1.0)
+            for place, key in enumerate(keys)
+        ]
+        svg = line_chart([one for one in series if one.ys], label=f"{title} by step")
+        if svg:
+            figures.append(Figure(title, "each over its own records of these steps", svg))
     return figures
 
 
@@ -246,6 +270,18 @@ def ledger_reasons(stage: StageFacts) -> list[tuple[str, str]]:
     reasons = mapping(mapping(stage.summary.get("ledger")).get("reasons"))
     counted = [(str(reason), n) for reason, n in reasons.items() if is_number(n)]
     return [(reason, count(n)) for reason, n in sorted(counted, key=lambda item: -item[1])]
+
+
+def answered_prompts(stage: StageFacts) -> list[dict[str, Any]]:
+    """Return each prompt that was answered on the way, with its answers as (step, text)."""
+    prompts: dict[Any, dict[str, Any]] = {}
+    for line in stage.samples:
+        system = f"{line['system']}\n" if line.get("system") else ""
+        shown = {"prompt": f"{system}{line.get('prompt', '')}", "answers": []}
+        one = prompts.setdefault(str(line.get("number")), shown)
+        cut = "" if line.get("ended", True) else " …"
+        one["answers"].append((str(line.get("step", "")), f"{line.get('answer', '')}{cut}"))
+    return list(prompts.values())
 
 
 def _series(

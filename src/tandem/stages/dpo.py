@@ -26,7 +26,7 @@ from tandem.storage.hashing import hash_json
 from tandem.train.callbacks.callback import Callback
 from tandem.train.objectives.answers import Answers
 from tandem.train.objectives.labelled import LabelledObjective
-from tandem.train.objectives.mixture import Mixture
+from tandem.train.objectives.mixture import Mixture, check_losses
 from tandem.train.objectives.objective import Objective
 from tandem.train.objectives.preference import PreferenceObjective
 from tandem.train.reference_logps import ReferenceStore, reference_logps
@@ -48,6 +48,7 @@ def run_dpo(job: TrainingJob, console: Console, callbacks: Sequence[Callback] = 
     """
     settings = job.settings
     assert isinstance(settings, DpoSettings)
+    check_losses(settings)
     stage = TrainingStage(
         "dpo",
         settings.trains_on,

@@ -24,6 +24,7 @@ from tandem.data.tokenize.chat_template import ChatTemplate, resolve_template
 from tandem.data.tokenize.light_tokenizer import read_light_tokenizer
 from tandem.data.tokenize.vocabulary import AddedTokens, add_tokens
 from tandem.integrations.choose import device_names, idle_settings
+from tandem.losses.custom import is_custom, lasting_name
 from tandem.model.base_model import trained_weights
 from tandem.model.lora.adapter_config import read_config_values
 from tandem.model.model_folder import (
@@ -34,6 +35,7 @@ from tandem.model.model_folder import (
     require_model,
 )
 from tandem.recipe.data_source import DataSource
+from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.jobs import MergeJob, TrainingJob
 from tandem.recipe.lora_settings import FIXED
 from tandem.recipe.training_settings import TrainingSettings
@@ -42,6 +44,7 @@ from tandem.runtime.launch import launched
 from tandem.storage.folder_lock import check_free, folder_lock
 from tandem.storage.hashing import hash_bytes, hash_file, hash_json, hash_weights
 from tandem.storage.manifest import check_made, open_stage, read_manifest
+from tandem.storage.run_folder import run_of
 
 # Settings that do not change what is computed.
 _NOT_MATHEMATICS: Any = {
@@ -51,6 +54,7 @@ _NOT_MATHEMATICS: Any = {
     "save_total_limit": True,
     "gradient_checkpointing": True,
     "max_dropped": True,
+    "samples": True,
     "validation": {"data"},
     "lora": {"from"},
 }
@@ -106,7 +110,7 @@ def training_inputs(
             "hash": hash_bytes(template.source.encode()),
             **({"named": hash_json(template.named)} if template.named else {}),
         },
-        "settings": _that_count(job.settings),
+        "settings": settings_that_count(job.settings),
         "seed": run.seed,
         "dtype": dtype,
     }
@@ -123,8 +127,8 @@ def _started(settings: TrainingSettings) -> dict[str, Any]:
     return {"adapter": {"weights": hash_weights(folder), "config": hash_json(said)}}
 
 
-def _that_count(settings: TrainingSettings) -> dict[str, Any]:
-    """The settings that change what is computed, by key."""
+def settings_that_count(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings that change what is computed, by key; functions go by their text."""
 
     def keep(section: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
         kept = {}
@@ -138,7 +142,11 @@ def _that_count(settings: TrainingSettings) -> dict[str, Any]:
     exclude = _NOT_MATHEMATICS
     if settings.lora.start is not None:
         exclude = exclude | {"lora": {"from", *FIXED}}
-    return keep(settings, settings.model_dump(mode="json", exclude=exclude))
+    kept = keep(settings, settings.model_dump(mode="json", exclude=exclude))
+    if isinstance(settings, DpoSettings) and any(map(is_custom, settings.losses)):
+        named = {lasting_name(name): weight for name, weight in settings.losses.items()}
+        kept["loss"] = next(iter(named)) if isinstance(settings.loss, str) else named
+    return kept
 
 
 def merge_inputs(job: MergeJob, base: Path) -> dict[str, Any]:
@@ -172,7 +180,7 @@ def training_is_finished(stage: str, job: TrainingJob, console: Console) -> bool
             local_files(source.path, source.split)
     if not _may_be_finished(job.folder):
         return False
-    device, folder, beside = device_names(run), model_folder(run.model), job.folder.parent
+    device, folder, beside = device_names(run), model_folder(run.model), run_of(job.folder)
     tokenizer = read_light_tokenizer(folder)
     if tokenizer is None:
         return False

@@ -40,6 +40,7 @@ class RunState:
     fill: float = 0.0
     imbalance: float = 0.0
     validation_seconds: float = 0.0
+    sample_seconds: float = 0.0
     # the step whose adapter scored best on held-out records so far, and its score
     best_step: int | None = None
     best: float | None = None

@@ -12,7 +12,7 @@ from typing import Any
 
 from tandem.data.batching.packing import padded_tokens
 from tandem.data.batching.sampler import Step
-from tandem.errors import Stopped
+from tandem.errors import Stopped, UserError
 from tandem.model.attention.select import is_padded
 from tandem.train.callbacks.callback import StepReport, TrainingRun
 from tandem.train.checkpoint import RunState
@@ -35,8 +35,8 @@ class Trainer:
     def run(self) -> None:
         """Take all remaining steps, or those until a callback finishes the run.
 
-        Raises Stopped after a checkpoint when a process, or a callback, is asked to end, and
-        TandemError before a step that is not finite.
+        Raises Stopped after a checkpoint when a process, or a callback, is asked to end, UserError
+        where a callback of the user's own fails, and TandemError before a step that is not finite.
         """
         run, model = self.training, self.training.engine.model
         model.train()
@@ -66,9 +66,16 @@ class Trainer:
     def _end_step(self, requested: bool, *, last: bool) -> None:
         """Call the callbacks' `before_next_step`; raise Stopped where the run ends here."""
         run, processes = self.training, self.training.engine.processes
-        run.stopping = processes.any_rank(requested or bool(run.stop_reason))
+        run.stopping = processes.any_rank(requested or bool(run.stop_reason or run.failure))
         for callback in run.callbacks:
             callback.before_next_step(run)
+        if run.failure:
+            processes.raise_on_all(
+                UserError(
+                    f"{run.failure}. A checkpoint of step {run.state.step} of {run.total_steps} is "
+                    "written. Mend it, and the same command resumes from there"
+                )
+            )
         if run.stopping and not last:
             why = f": {run.stop_reason}" if run.stop_reason else ""
             processes.raise_on_all(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -218,6 +218,10 @@ class Zero3Engine(_ZeroEngine):
     def _score(self, batch: MicroBatch) -> Tensor:
         logps: Tensor = self.zero(batch)
         return logps
+
+    def compute(self, work: Callable[[], Any]) -> Any:
+        """See `Engine.compute`."""
+        return self.zero(work)
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         self.zero.set_gradient_accumulation_boundary(last)

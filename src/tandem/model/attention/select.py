@@ -68,6 +68,9 @@ def use_backend(model: nn.Module, backend: str) -> None:
             f"{type(model).__name__} does not use transformers' attention interface, so it cannot "
             "read packed trees. Use attention: padded (or auto)."
         )
+    config: Any = model.config
+    if not hasattr(model, "tandem_own_attention"):
+        model.tandem_own_attention = config._attn_implementation  # to generate with
     name = f"tandem_{backend}"
     # transformers makes no masks for an attention without an AttentionMaskInterface of its name,
     # which is right: from position ids it would take a pair's second branch for a new document,

@@ -95,9 +95,14 @@ class Scorer(nn.Module):
         self.model, self.precision, self.sums = model, precision, sums
         self.of_token = of_token  # acts while the model trains, not where it is scored
 
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """Log-probability of the trained tokens of each sequence [S], in `sums`."""
+    def forward(self, batch: MicroBatch | Callable[[], Any]) -> Any:
+        """Log-probability of the trained tokens of each sequence [S], in `sums`.
+
+        Or what a function returns, which runs the model in another way.
+        """
         with self.precision():
+            if not isinstance(batch, MicroBatch):
+                return batch()
             of_token = self.of_token if self.model.training else None
             return sequence_logps(self.model, batch, self.sums, of_token)
 

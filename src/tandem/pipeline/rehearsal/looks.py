@@ -6,7 +6,7 @@ Each look is independent of the others, so that one rehearsal finds several mist
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from tandem.data.read_records import read_conversations, read_pairs, read_questi
 from tandem.data.resolve_sources import held_out_of
 from tandem.data.tokenize.encode import ChatTokenizer
 from tandem.errors import UserError
+from tandem.integrations.chat_server import ChatRequest, first_answer
+from tandem.integrations.trackers import check_tracker
 from tandem.model.base_model import BaseModelInfo, check_base, load_base_info
 from tandem.model.model_folder import check_fetchable, has_tokenizer, model_folder, on_hub
 from tandem.model.stand_in.make_stand_in import StandIn, make_stand_in
@@ -29,6 +31,7 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.pairs_settings import PairsSettings, ServerSettings
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import LoraSettings, TrainingSettings
+from tandem.runtime.user_code import load_function
 from tandem.storage.hashing import weight_files
 
 # Rows of instructions from which prompts are selected: filters leave some out.
@@ -68,6 +71,9 @@ class Looks:
         for name, section in trained(self.recipe).items():
             with self.notebook.trying(name, "settings"):
                 self._check_settings(name, section, base, info)
+        for key, check in watchers(self.recipe):
+            with self.notebook.trying("settings", key):
+                check()
         for name, section in trained(self.recipe).items():
             with self.notebook.trying(f"{name} data") as seen:
                 self._training_data(name, section, info, seen)
@@ -287,20 +293,24 @@ def servers(recipe: Recipe) -> Iterator[tuple[str, ServerSettings]]:
         yield "evaluate.judge", evaluate.judge
 
 
+def watchers(recipe: Recipe) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What looks for each callback and tracker, by its key."""
+    for name in recipe.callbacks:
+        yield "callbacks", partial(load_function, name, "callbacks")
+    for name in recipe.trackers:
+        yield "trackers", partial(check_tracker, name)
+
+
 def _asked(key: str, server: ServerSettings) -> str:
     """Ask a server one question; raises UserError where it gives no answer."""
-    from tandem.integrations.chat_server import ChatRequest, ChatServer, Failure
-
     once = server.model_copy(update={"retries": 0, "timeout": min(60.0, server.timeout)})
     request = ChatRequest(({"role": "user", "content": _QUESTION},), {server.limit_key: 16})
-    ((_, answer),) = ChatServer(once).answers([request])
-    if isinstance(answer, Failure):
-        raise UserError(
-            f"{key}: the server at {server.base_url} did not answer ({answer}). Start it, or "
-            "correct the address, the model's name or the key; `tandem rehearse "
-            "--without-servers` rehearses all but the server."
-        )
-    return f"{key}: {server.model} at {server.base_url} answered"
+    try:
+        first_answer(once, request, key)
+    except UserError as error:
+        without = "`tandem rehearse --without-servers` rehearses all but the server."
+        raise UserError(f"{error} {without}") from None
+    return f"{server.model} at {server.base_url} answers"
 
 
 def _has_weights(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from rich.console import Console
 from tandem.integrations.choose import choose_device
 from tandem.pipeline.rehearsal.findings import Notebook, Rehearsal
 from tandem.pipeline.rehearsal.looks import Looks
-from tandem.pipeline.rehearsal.run_stages import run_stages, write_page
+from tandem.pipeline.rehearsal.run_stages import run_stages, try_export, write_page
 from tandem.pipeline.rehearsal.sample_data import Sampler
 from tandem.pipeline.rehearsal.shortened import Shortening, shortened
 from tandem.recipe.recipe import Recipe, stages_of
@@ -36,6 +36,7 @@ class Scope:
     steps: int = 4  # of each training stage
     with_servers: bool = True  # whether servers and judges are asked
     keep: bool = False  # whether the files stay
+    export: bool = True  # whether the last model becomes a GGUF file
 
 
 def rehearse(recipe: Recipe, scope: Scope, console: Console) -> Rehearsal:
@@ -69,6 +70,8 @@ def rehearse(recipe: Recipe, scope: Scope, console: Console) -> Rehearsal:
         skipped = run_stages(made, notebook, console)
         if not notebook.failed:
             write_page(made, notebook)
+            if scope.export:
+                try_export(made, notebook, console)
     kept = scope.keep or notebook.failed
     if not kept:
         shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,8 @@ from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import TrainingSettings
 
 BATCH = 2  # with large vocabularies each answer costs a second
-PROMPTS = 6  # that are asked for answers
+PROMPTS = 6  # that are asked for answers in a round
+ROUNDS = 2  # what a third one does, the second has done
 OF_THE_GPU = frozenset({"adamw_8bit"})  # optimizers that a CPU may not have
 ANSWER = 16  # tokens of a generated answer
 _ITEMS = 2  # of each part of an evaluation
@@ -80,11 +81,13 @@ def shortened(recipe: Recipe, inputs: Inputs, steps: int) -> tuple[Recipe, Short
     for key, sources in inputs.data.items():
         short.put(key, sources, "", listed=False)
     _machine(short)
+    rounds = min(ROUNDS, recipe.rounds)
+    short.put("rounds", rounds, "later rounds do what the second one does")
     for name in TRAINING_STAGES:
         if short.section(name) is not None:
             _training(short, name, getattr(recipe, name), steps)
     if short.section("pairs") is not None:
-        _pairs(short, with_servers=inputs.with_servers)
+        _pairs(short, rounds, with_servers=inputs.with_servers)
     if short.section("evaluate") is not None:
         _evaluation(short, with_servers=inputs.with_servers)
     made = Recipe.model_validate_json(json.dumps(short.values), strict=True)
@@ -107,6 +110,11 @@ def _machine(short: Shortening) -> None:
     if values["quantization"] is not None and find_spec("bitsandbytes") is None:
         short.not_shown.append(f"quantization: {values['quantization']} (bitsandbytes is not here)")
         short.put("quantization", None, "bitsandbytes is not installed here")
+    if values["trackers"]:
+        short.not_shown.append(f"trackers: {', '.join(values['trackers'])}, but for their login")
+        short.put("trackers", [], "nothing of a rehearsal is tracked")
+        for key in ("tracker_project", "tracker_run"):
+            short.put(key, None, "", listed=False)
     if values["compile"]:
         short.not_shown.append("compile: true")
         short.put("compile", False, "it takes longer than all that is rehearsed")
@@ -124,6 +132,9 @@ def _training(short: Shortening, name: str, settings: TrainingSettings, steps: i
         short.put(f"{name}.warmup_steps", min(1, settings.warmup_steps), few)
     short.put(f"{name}.logging_steps", 1, few, listed=False)
     short.put(f"{name}.save_steps", steps, few, listed=False)
+    if settings.samples is not None:
+        tokens = min(ANSWER, settings.samples.max_new_tokens)
+        short.put(f"{name}.samples.max_new_tokens", tokens, few)
     short.put(f"{name}.max_dropped", 1.0, "judged on the sample as a whole", listed=False)
     if settings.optimizer in OF_THE_GPU:
         short.not_shown.append(f"{name}.optimizer: {settings.optimizer}")
@@ -147,12 +158,14 @@ def _training(short: Shortening, name: str, settings: TrainingSettings, steps: i
         short.put(f"{name}.lora.rank", BATCH, "layers of the stand-in have few dimensions")
 
 
-def _pairs(short: Shortening, *, with_servers: bool) -> None:
+def _pairs(short: Shortening, rounds: int, *, with_servers: bool) -> None:
     """A few prompts with short answers; what a random model writes is not filtered."""
     pairs = short.section("pairs")
     assert pairs is not None
     few = "a few prompts are asked, for short answers"
-    short.put("pairs.select.count", min(PROMPTS, pairs["select"]["count"] or PROMPTS), few)
+    most = PROMPTS * rounds
+    short.put("pairs.select.count", min(most, pairs["select"]["count"] or most), few)
+    short.put("pairs.parts", min(rounds, pairs["parts"]), few)
     short.put("pairs.samples", min(2, pairs["samples"]), few)
     short.put("pairs.max_new_tokens", min(ANSWER, pairs["max_new_tokens"]), few)
     noise = "a random model writes noise, which they would pass over"

@@ -20,6 +20,7 @@ from tandem.recipe.data_source import DataSource
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.training_settings import SftSettings
 from tandem.runtime.console import log
+from tandem.train.callbacks.answer_prompts import SAMPLES, AskedPrompt
 from tandem.train.checkpoint import CheckpointStore
 from tandem.train.engines.engine import Engine
 from tandem.train.objectives.objective import Objective
@@ -93,6 +94,7 @@ class TrainContext:
     sources: list[DataSource]  # the data to train on
     held_out: list[DataSource]  # data sets that are scored and not trained on
     warnings: tuple[str, ...] = ()  # on the model and the settings
+    prompts: Sequence[AskedPrompt] = ()  # that the model answers on the way
 
     def log(self, text: str, style: str = "") -> None:
         """Put a line on the console, the stage's name before it."""
@@ -118,9 +120,10 @@ class TrainContext:
     def checkpoints(self) -> CheckpointStore:
         """Where its checkpoints go."""
         folder = self.job.folder
+        names = ["metrics.jsonl", "validation.jsonl", *([SAMPLES] if self.prompts else [])]
         return CheckpointStore(
             folder / "checkpoints",
             self.weights,
             keep=self.job.settings.save_total_limit,
-            lines=(folder / "metrics.jsonl", folder / "validation.jsonl"),
+            lines=[folder / name for name in names],
         )

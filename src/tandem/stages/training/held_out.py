@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class HeldOut:
     ledger: Ledger | None  # of data sets of their own; None where they were training records
     warnings: tuple[str, ...] = ()  # what a reader of their scores should know
     shared: int = 0  # how many of them have a prompt that is trained on
+    # how many examples each data set gave, by its name
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 def hold_out(

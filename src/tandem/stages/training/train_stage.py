@@ -27,6 +27,7 @@ from tandem.runtime.launch import launched
 from tandem.runtime.process_group import join
 from tandem.stages.finished import training_inputs
 from tandem.stages.training.adapter_checks import check_adapter, check_start
+from tandem.stages.training.asked_prompts import asked_prompts
 from tandem.stages.training.context import (
     BuiltObjective,
     ObjectiveInputs,
@@ -43,10 +44,13 @@ from tandem.storage.atomic_files import atomic_write_json, read_jsonl
 from tandem.storage.folder_lock import folder_lock
 from tandem.storage.hashing import hash_json
 from tandem.storage.manifest import check_made, finish_stage, open_stage, start_stage
+from tandem.storage.run_folder import run_of
+from tandem.train.callbacks.answer_prompts import SAMPLES, AskedPrompt
 from tandem.train.callbacks.callback import Callback, TrainingRun
 from tandem.train.callbacks.held_out_evaluation import best_adapters, why_best_is_gone
 from tandem.train.checkpoint import CheckpointStore, RunState, forget_after
 from tandem.train.engines.engine import Engine
+from tandem.train.token_budget import TokenBudget
 
 # The execution's key for the date that a template writes.
 _DATE = "template_date"
@@ -90,6 +94,7 @@ def train_stage(
         if opened.state == "finished":
             say_finished(console, stage.name, folder)
             return folder
+        processes.on_rank0(lambda: _check(callbacks))
         for notice in context.base.notices():
             context.log(notice)
         base, recorded = processes.on_rank0(lambda: _dated(context.base, opened.schedule))
@@ -106,7 +111,7 @@ def _look_up(
     """Find the model and the data that a job names; raises UserError for what cannot be used."""
     processes, settings, run = engine.processes, job.settings, job.run
     folder = processes.rank0_first(lambda: model_folder(run.model, run.model_revision))
-    beside = job.folder.parent
+    beside = run_of(job.folder)
     sources = processes.rank0_first(lambda: resolve_sources(settings.data, beside, run.seed))
     held_out = processes.rank0_first(lambda: held_out_sources(settings, sources, beside, run.seed))
     processes.on_rank0(
@@ -116,6 +121,11 @@ def _look_up(
     processes.on_all(lambda: check_start(run, settings, base))
     processes.on_all(lambda: check_adapter(settings, base))
     return TrainContext(stage, job, engine, console, base, sources, held_out)
+
+
+def _check(callbacks: Sequence[Callback]) -> None:
+    for callback in callbacks:
+        callback.check()
 
 
 def _dated(base: BaseModelInfo, recorded: dict[str, Any]) -> tuple[BaseModelInfo, dict[str, Any]]:
@@ -136,6 +146,7 @@ def _run(
     """Load, adapt, train and write; mistakes are refused before anything is written."""
     engine, processes = context.engine, context.engine.processes
     stage, settings, folder = context.stage, context.job.settings, context.job.folder
+    context = replace(context, prompts=_prompts(context))
     # The other processes find what rank 0 has encoded, where they share its cache.
     records = processes.rank0_first(lambda: _records(context))
     if processes.count > 1:
@@ -153,9 +164,34 @@ def _run(
     run = TrainingRun(
         stage.name, context.job, engine, context.base.config, records.dataset, sampler,
         sampler.total_steps(settings), execution, context.log, callbacks, baseline_memory=baseline,
+        held_out=None if records.held_out is None else records.held_out.dataset,
     )  # fmt: skip
-    for callback in callbacks:
-        callback.on_set_up(run, model)
+    with ExitStack() as closing:
+        for callback in callbacks:
+            closing.callback(callback.on_close, run)
+            callback.on_set_up(run, model)
+        _train(context, run, _Loaded(model, records, execution, budget), inputs)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What is there before the first step."""
+
+    model: Any
+    records: TrainingData
+    execution: dict[str, Any]
+    budget: TokenBudget
+
+
+def _train(
+    context: TrainContext, run: TrainingRun, loaded: _Loaded, inputs: dict[str, Any]
+) -> None:
+    """Take the steps that are missing, and write what a finished stage leaves."""
+    engine, processes = context.engine, context.engine.processes
+    stage, settings = context.stage, context.job.settings
+    model, records, execution, budget = (
+        loaded.model, loaded.records, loaded.execution, loaded.budget,
+    )  # fmt: skip
     compiled = compile_model(context, model, records.dataset, execution)
     newest, state = _begin(context, model, run)
     count, steps = len(records.dataset), run.total_steps
@@ -177,6 +213,13 @@ def _run(
     processes.on_rank0(lambda: _finish(context, done, outputs, summary))
 
 
+def _prompts(context: TrainContext) -> list[AskedPrompt]:
+    """What the model is asked on the way; raises UserError where it cannot be asked at all."""
+    job, engine = context.job, context.engine
+    read = partial(asked_prompts, job.settings, context.base, run_of(job.folder), job.run.seed)
+    return engine.processes.rank0_first(read) if job.settings.samples else []
+
+
 def _records(context: TrainContext) -> TrainingData:
     stage, job, chat = context.stage, context.job, context.base.chat
     reader = StageReader(stage.name, stage.records, job.settings, chat, job.folder, context.console)
@@ -193,6 +236,7 @@ def _begin(
     if newest is None:
         return None, {}
     run.state, optimizer = processes.on_all(partial(checkpoints.load, newest, model))
+    run.checkpoint = newest
     processes.on_rank0(lambda: _clean_lines(context, checkpoints, newest, run.state.step))
     context.log(f"resuming from {newest} (step {run.state.step} of {run.total_steps})")
     return newest, optimizer
@@ -263,6 +307,7 @@ def _finish(
     atomic_write_json(folder / "summary.json", summary)
     outputs = [*outputs, "summary.json", "metrics.jsonl"]
     outputs += ["validation.jsonl"] if done.records.held_out is not None else []
+    outputs += [SAMPLES] if (folder / SAMPLES).exists() else []
     outputs += ["data-ledger.jsonl"] if (folder / "data-ledger.jsonl").exists() else []
     finish_stage(folder, outputs)
     best_adapters(folder, context.weights).clear()

@@ -10,17 +10,25 @@ from typing import Any
 from torch import Tensor
 
 from tandem.data.batching.sampler import tenth
-from tandem.data.encoded.example import Example
+from tandem.model.companion_files import all_stop_ids
 from tandem.model.trained_weights import hidden_matrices, trainable_parameters
 from tandem.recipe.training_settings import TrainingSettings
 from tandem.runtime.console import StageProgress
 from tandem.stages.training.context import BuiltObjective, TrainContext
-from tandem.stages.training.held_out import METRICS
+from tandem.stages.training.held_out import METRICS, HeldOut
 from tandem.stages.training.training_data import TrainingData
-from tandem.train.callbacks.callback import MetricsLog, SaveCheckpoints, ShowProgress, TrainingRun
+from tandem.train.callbacks.answer_prompts import AnswerPrompts
+from tandem.train.callbacks.callback import (
+    Callback,
+    MetricsLog,
+    SaveCheckpoints,
+    ShowProgress,
+    TrainingRun,
+)
 from tandem.train.callbacks.early_stopping import EarlyStopping
 from tandem.train.callbacks.held_out_evaluation import HeldOutEvaluation, best_adapters
 from tandem.train.engines.engine import without_live
+from tandem.train.objectives.by_data_set import by_data_set
 from tandem.train.optimizers import make_optimizer
 from tandem.train.schedules import make_schedule
 from tandem.train.step import StepRunner
@@ -86,20 +94,29 @@ def build_trainer(
     settings, checkpoints, total = context.job.settings, context.checkpoints(), run.total_steps
     weight = attention_weight(context.base.config)
 
-    def runner(built: BuiltObjective, dataset: Sequence[Example], **how: Any) -> StepRunner:
-        examples = dataset if built.examples is None else built.examples
+    def runner(built: BuiltObjective, part: TrainingData | HeldOut, **how: Any) -> StepRunner:
+        examples = part.dataset if built.examples is None else built.examples
         return StepRunner(
-            context.engine, built.objective, examples, budget, weight,
+            context.engine, by_data_set(built.objective, part.sizes), examples, budget, weight,
             observed=built.observed, **how,
         )  # fmt: skip
 
-    own = [
-        MetricsLog(),
-        ShowProgress(display),
-        SaveCheckpoints(checkpoints, saved_every(settings, total)),
-    ]
+    own: list[Callback] = [MetricsLog(), ShowProgress(display)]
+    saved = saved_every(settings, total)
+    if settings.samples is not None:
+        tokenizer, template, base = context.base.tokenizer, context.base.template, context.base
+        own.append(
+            AnswerPrompts(
+                context.prompts,
+                saved,
+                settings.samples.max_new_tokens,
+                all_stop_ids(base.folder, tokenizer, template),
+                partial(tokenizer.decode, skip_special_tokens=True),
+            )
+        )
+    own.append(SaveCheckpoints(checkpoints, saved))
     if records.held_out is not None:
-        scored = runner(objectives[1], records.held_out.dataset, learns=False)
+        scored = runner(objectives[1], records.held_out, learns=False)
         assert settings.validation is not None
         every = settings.validation.steps or tenth(total)
         best = METRICS[settings.best_metric] if settings.keep == "best" else None
@@ -111,5 +128,5 @@ def build_trainer(
     run.callbacks = (*own, *run.callbacks)
     dropout = context.stage.dropout and settings.lora.dropout > 0
     seed = context.job.run.seed if dropout or context.noise is not None else None
-    steps = runner(objectives[0], records.dataset, dropout_seed=seed)
+    steps = runner(objectives[0], records, dropout_seed=seed)
     return Trainer(run, steps, make_schedule(settings, total))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from tandem.runtime.console import log, phase
 from tandem.stages.training.held_out import HeldOut, hold_out
 from tandem.stages.training.outputs import examples_hash
 from tandem.storage.hashing import hash_json
+from tandem.storage.run_folder import labels_of
 
 
 def mixture_facts(
@@ -47,6 +48,28 @@ def mixture_facts(
         }
         for part, source, count in zip(parts, sources, shown, strict=True)
     ]
+
+
+def names_of(sources: Sequence[DataSource]) -> list[str]:
+    """A name for each data set: the end of its path by which it differs from the others.
+
+    Several parts of one path are told apart by subset and split, or else by their numbers.
+    """
+    paths = list(dict.fromkeys(source.path for source in sources))
+    labels = dict(zip(paths, labels_of(paths), strict=True))
+    shared = Counter(source.path for source in sources)
+    names = [
+        labels[one.path]
+        if shared[one.path] == 1
+        else ":".join(filter(None, (labels[one.path], one.subset, one.split)))
+        for one in sources
+    ]
+    again, seen = Counter(names), Counter[str]()
+    for place, name in enumerate(names):
+        seen[name] += 1
+        if again[name] > 1:
+            names[place] = f"{name}:{seen[name]}"
+    return names
 
 
 def in_one_line(facts: Sequence[dict[str, Any]]) -> str:
@@ -69,6 +92,7 @@ class TrainingData:
     parts: tuple[WeightedSource, ...]  # how many of them each data set gave, with its weight
     mixture: list[dict[str, Any]]  # the same for summary.json
     held_out: HeldOut | None  # those that are scored on the way
+    sizes: dict[str, int]  # how many examples each data set gave, by its name
 
     def write_ledgers(self) -> None:
         """Write data-ledger.jsonl, and validation-ledger.jsonl for data sets held out."""
@@ -118,7 +142,12 @@ class StageReader:
         )  # fmt: skip
         counted = zip(dataset.sources, sources, strict=True)
         parts = tuple(WeightedSource(count, source.weight) for count, source in counted)
-        data = TrainingData(dataset, ledger, parts, mixture_facts(parts, sources), scored)
+        if scored is not None:
+            named = held_out or sources
+            scored = replace(scored, sizes=_sizes(named, scored.dataset))
+        data = TrainingData(
+            dataset, ledger, parts, mixture_facts(parts, sources), scored, _sizes(sources, dataset)
+        )
         for warning in data.warnings():
             log(self.console, f"{self.name}: {warning}", style="yellow")
         if line := in_one_line(data.mixture):
@@ -159,6 +188,10 @@ class StageReader:
             log(self.console, f"  {count} x {reason}")
         ledger.check_share(self.settings.max_dropped)
         return ledger, dataset
+
+
+def _sizes(sources: Sequence[DataSource], dataset: EncodedDataset) -> dict[str, int]:
+    return dict(zip(names_of(sources), dataset.sources, strict=True))
 
 
 def sources_in_words(ledger: Ledger) -> list[str]:

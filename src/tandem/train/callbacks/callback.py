@@ -44,6 +44,9 @@ class TrainingRun:
     stop_reason: str = ""  # why a callback asked to stop; empty if none did
     stopping: bool = False  # whether the run ends after this step; set for `before_next_step`
     finish_reason: str = ""  # why a callback finished the run early; empty if none did
+    held_out: EncodedDataset | None = None  # the records that are scored and not trained on
+    failure: str = ""  # what went wrong in a callback of the user's own; empty if nothing did
+    checkpoint: Path | None = None  # the newest one that this run has written or begun with
 
     @property
     def folder(self) -> Path:
@@ -58,6 +61,10 @@ class TrainingRun:
     def ask_to_stop(self, reason: str) -> None:
         """End the run with a checkpoint after this step; one process that asks is enough."""
         self.stop_reason = reason
+
+    def fail(self, what: str) -> None:
+        """End the run with an error after this step's checkpoint; in all processes alike."""
+        self.failure = self.failure or what
 
     def finish_early(self, reason: str) -> None:
         """Let this step be the last one of a finished run; asked for in all processes alike."""
@@ -76,6 +83,9 @@ class Callback:
     Methods that a subclass leaves out do nothing. What only one process may do, such as writing a
     file, goes through `run.on_rank0`.
     """
+
+    def check(self) -> None:
+        """Before anything is loaded, in rank 0 alone: raise UserError for what could not work."""
 
     def on_set_up(self, run: TrainingRun, model: Any) -> None:
         """When data and model are there, and nothing is computed; `run.state` is a new run's."""
@@ -103,6 +113,9 @@ class Callback:
 
     def on_train_end(self, run: TrainingRun, summary: dict[str, Any]) -> None:
         """After the last step; what is added to `summary` goes into summary.json."""
+
+    def on_close(self, run: TrainingRun) -> None:
+        """When the run is over, however it ended: let go of what is open; it must not raise."""
 
 
 class MetricsLog(Callback):
@@ -155,6 +168,8 @@ class SaveCheckpoints(Callback):
         if step % self.every and not ends:
             return
         trained, optimizer = engine.trained(), engine.optimizer_state()
-        run.on_rank0(lambda: self.checkpoints.save(engine.model, trained, optimizer, run.state))
+        run.checkpoint = run.on_rank0(
+            lambda: self.checkpoints.save(engine.model, trained, optimizer, run.state)
+        )
         for callback in run.callbacks:
             callback.on_checkpoint(run)

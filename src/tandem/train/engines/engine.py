@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 
 from tandem.data.batching.collate import MicroBatch
 from tandem.errors import TandemError, UserError
+from tandem.model.generate import GeneratedAnswer, Sampling, generate_answers
 from tandem.model.logprobs.sequence_logps import Scorer
 from tandem.model.trained_weights import trainable_parameters
 from tandem.runtime.device import BatchShapes, Device
 from tandem.runtime.host_memory import give_back_freed_memory
 from tandem.runtime.process_group import ProcessGroup
 from tandem.train.averages import Average, MovingAverage, average_of
+from tandem.train.engines.spread_model import SpreadModel
 from tandem.train.optimizers import (
     Pieces,
     clip_and_step,
@@ -174,6 +177,32 @@ class Engine(ABC):
             yield
         finally:
             self._put(live)
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], sampling: Sampling
+    ) -> list[GeneratedAnswer] | None:
+        """Answers to prompts (token ids), in rank 0; None in the others, which all call it.
+
+        The model is in evaluation mode and attends by its own attention. Raises UserError where
+        weights are spread and the model's own `generate` would be needed.
+        """
+        if not self.sharded:  # the model is whole here
+            ask = partial(
+                generate_answers, self.model, prompts, stop_ids=stop_ids, sampling=sampling
+            )
+            return self.processes.rank0_alone(ask)
+        answers = generate_answers(
+            SpreadModel(self.model, self.compute, self.processes.raise_on_all),
+            prompts,
+            stop_ids=stop_ids,
+            sampling=sampling,
+        )
+        return answers if self.processes.is_rank0 else None
+
+    def compute(self, work: Callable[[], T]) -> T:
+        """Run the model otherwise than to score; where weights are spread, all do it alike."""
+        result: T = self.scorer(work)
+        return result
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's tensors, whole, as `parameter|key`; all processes call it.

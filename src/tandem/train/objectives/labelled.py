@@ -38,6 +38,10 @@ class LabelledObjective:
         self._step = indices
         return len(indices)
 
+    def shares(self) -> Sequence[int]:
+        """One for each answer."""
+        return [1] * len(self._step)
+
     def see_step(self, logps: Tensor) -> None:
         """Estimate the divergence from answers to other prompts."""
         real, numbers = torch.ones_like(logps) > 0, self._mismatched.numbers(self._step)
@@ -56,7 +60,8 @@ class LabelledObjective:
         labels[: len(numbers)] = torch.from_numpy(self._answers.scores[numbers] > 0.5)
         good = labels.to(logps.device)
         value, parts = self._mixture.losses(answers, good, statistics=self._statistics)
-        loss = (value * weights).sum()
+        each = value * weights
+        loss = each.sum()
         sums = {name: (part * weights).sum() for name, part in parts.items()}
         reward, policy = self._mixture.beta * answers.ratio.detach(), answers.policy.detach()
         for side, whose in (("chosen", weights * good), ("rejected", weights * ~good)):
@@ -66,7 +71,8 @@ class LabelledObjective:
         for part, known in zip(self._mixture.parts, self._statistics, strict=False):
             if known is not None:
                 sums[f"divergence/{part.loss.name}"] = known * weights.sum()
-        return LossSums(loss, {"loss": loss.detach(), **sums})
+        counts = [1] * len(members)
+        return LossSums(loss, {"loss": loss.detach(), **sums}, each.detach(), counts)
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Means over answers; those of rewards and log-probs over good ones, and over bad ones."""

@@ -8,9 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
+from tandem.errors import UserError
 from tandem.losses.answers import Divergence, divergence_of
+from tandem.losses.custom import check_custom, is_custom
 from tandem.losses.known import find_loss
-from tandem.losses.registry import Compared, PreferenceLoss, Reward, options_of
+from tandem.losses.registry import (
+    LENGTH_OPTION,
+    PREFERENCE_LOSSES,
+    Compared,
+    PreferenceLoss,
+    Reward,
+    options_of,
+)
 from tandem.recipe.dpo_settings import DpoSettings
 
 
@@ -77,3 +86,29 @@ class Mixture:
             return total, {}
         named = zip(self.parts, values, strict=True)
         return total, {f"loss/{part.loss.name}": value.detach() for part, value in named}
+
+
+def check_losses(settings: DpoSettings) -> None:
+    """Look at the losses of the user's own before anything is computed with them.
+
+    Raises UserError for one that is not there or cannot be called, and for a setting of losses
+    that none of the losses uses.
+    """
+    if not any(map(is_custom, settings.losses)):
+        return
+    parts = Mixture.of(settings).parts
+    used = {LENGTH_OPTION, *(option for part in parts for option in part.loss.options)}
+    if settings.f_divergence_type != "reverse_kl":
+        raise UserError(
+            f"f_divergence_type has no effect with loss {' and '.join(settings.losses)}; remove it"
+        )
+    every = {option for loss in PREFERENCE_LOSSES.values() for option in loss.options}
+    for option in sorted(every - used):
+        if getattr(settings, option) != type(settings).model_fields[option].default:
+            raise UserError(
+                f"{option} has no effect with loss {' and '.join(settings.losses)}; remove it, or "
+                "let the function take it as a keyword argument"
+            )
+    for part in parts:
+        if is_custom(part.loss.name):
+            check_custom(part.loss, part.options)

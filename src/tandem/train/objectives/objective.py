@@ -20,6 +20,8 @@ class LossSums:
 
     loss: Tensor
     sums: dict[str, Tensor]
+    each: Tensor  # [N]: the parts that the loss is the sum of, without gradients
+    parts: Sequence[int]  # how many of them each of the micro-batch's examples has; padding follows
 
 
 class Objective(Protocol):
@@ -34,6 +36,10 @@ class Objective(Protocol):
 
         Returns what the step's summed loss is divided by, known before its first forward.
         """
+        ...
+
+    def shares(self) -> Sequence[int]:
+        """What each example of the step that began last adds to what `begin` returned."""
         ...
 
     def see_step(self, logps: Tensor) -> None:

@@ -78,6 +78,11 @@ class PreferenceObjective:
         self._step_tokens = float(tokens.mean())
         return len(indices) if self._mixture.compared == "rows" else len(pairs.better)
 
+    def shares(self) -> Sequence[int]:
+        """Each example's pairs; one for each if rows are compared as a whole."""
+        rows = self._mixture.compared == "rows"
+        return [1] * len(self._step) if rows else self._pairs.counts.tolist()
+
     def see_step(self, logps: Tensor) -> None:
         """Compute the losses' statistics of a step."""
         answers = self._given(logps, torch.ones_like(logps), self._step)
@@ -103,10 +108,12 @@ class PreferenceObjective:
         value, parts = self._mixture.losses(
             chosen, rejected, statistics=self._statistics_of(members, of_pairs)
         )
-        loss = (value * of_pairs).sum()
+        each = value * of_pairs
+        loss = each.sum()
         metrics = {**self._metrics(chosen, rejected), **parts}
         sums = {name: (metric * of_pairs).sum() for name, metric in metrics.items()}
-        return LossSums(loss, {"loss": loss.detach(), **sums})
+        counts = pairs.counts.tolist()
+        return LossSums(loss, {"loss": loss.detach(), **sums}, each.detach(), counts)
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Means over pairs; those of rewards have TRL's names."""
@@ -149,14 +156,16 @@ class PreferenceObjective:
             values.append(value * weights[start])
             every.append({name: part * weights[start] for name, part in parts.items()})
             start += count
-        loss = torch.stack(values).sum()
+        each = torch.stack(values)
+        loss = each.sum()
         share = torch.from_numpy(np.repeat(1 / pairs.counts, pairs.counts)).to(of_pairs)
         sums = {
             name: (metric * of_pairs * share).sum()
             for name, metric in self._metrics(chosen, rejected).items()
         }
         sums |= {name: torch.stack([one[name] for one in every]).sum() for name in every[0]}
-        return LossSums(loss, {"loss": loss.detach(), **sums})
+        counts = [1] * len(values)
+        return LossSums(loss, {"loss": loss.detach(), **sums}, each.detach(), counts)
 
     def _metrics(self, chosen: AnswerLogps, rejected: AnswerLogps) -> dict[str, Tensor]:
         """What to report of each pair [P]."""

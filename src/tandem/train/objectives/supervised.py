@@ -15,10 +15,20 @@ class SupervisedObjective:
 
     couples = False
 
+    def __init__(self) -> None:
+        self._sequences: Sequence[int] = ()  # of each of the step's examples
+        self._tokens: Sequence[int] = ()
+
     def begin(self, examples: Sequence[Example], indices: Sequence[int]) -> int:
         """The step's trained tokens."""
         del indices
-        return sum(trained_tokens(example) for example in examples)
+        self._sequences = [len(example.branches) for example in examples]
+        self._tokens = [trained_tokens(example) for example in examples]
+        return sum(self._tokens)
+
+    def shares(self) -> Sequence[int]:
+        """Each example's trained tokens."""
+        return self._tokens
 
     def see_step(self, logps: Tensor) -> None:
         """Not called: every token counts for itself."""
@@ -27,9 +37,11 @@ class SupervisedObjective:
         self, logps: Tensor, weights: Tensor, members: Sequence[int], *, first_step: bool
     ) -> LossSums:
         """Sum of negative log-probs; see `Objective.loss`."""
-        del members, first_step
-        loss = negative_log_likelihood(logps * weights)
-        return LossSums(loss, {"loss": loss.detach()})
+        del first_step
+        weighted = logps * weights
+        loss = negative_log_likelihood(weighted)
+        parts = [self._sequences[i] for i in members]
+        return LossSums(loss, {"loss": loss.detach()}, -weighted.detach(), parts)
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Loss per trained token."""

@@ -1,0 +1,1 @@
+"""Models for other programs: GGUF files and Ollama folders, compared with their source."""

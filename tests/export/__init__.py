@@ -1,0 +1,1 @@
+"""Exports: GGUF files, Ollama folders, and what serves a merged model."""
