@@ -223,11 +223,14 @@ def test_a_shipped_recipe_is_rehearsed(
     if shipped.evaluate and name.endswith("-8gpu"):  # as its twin for one GPU evaluates
         data = [*data[:-1], "evaluate=null"]
     recipe = load_recipe(name, [f"model={model}", *data])
-    found = rehearse(recipe, Scope(records=8, steps=1), Console(quiet=True))
+    exported = name != "qwen3-4b-8gpu"  # its real vocabulary takes ten seconds
+    scope = Scope(records=8, steps=1, export=exported)
+    found = rehearse(recipe, scope, Console(quiet=True))
     assert found.failed == []
     stages = [stage.name for stage in stages_of(recipe)]
     assert [one.stage for one in found.findings if one.stage in stages] == stages
-    assert found.findings[-1].stage == "report"
+    known = exported and "gemma-3" not in name  # a multimodal model is no GGUF file of ours
+    assert found.findings[-1].stage == ("export" if known else "report")
     ends = [
         one.text
         for one in found.findings
