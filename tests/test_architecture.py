@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": _GROUND | {"losses"},
     "chat": _GROUND | {"data", "model"},
     "check": _GROUND | {"recipe", "runtime", "data", "model"},
-    "pipeline": _TRAIN | {"pairs", "evaluate", "stages", "plan", "report"},
+    "pipeline": _TRAIN | {"pairs", "evaluate", "stages", "plan", "report", "export"},
     "api": _TRAIN | {"pairs", "evaluate", "stages", "plan", "report", "chat", "check", "pipeline"},
     "cli": _TRAIN
     | {"pairs", "evaluate", "stages", "plan", "report", "chat", "check", "export", "pipeline"},
@@ -213,7 +213,7 @@ MODEL_ORDER = (
     {"merge_sums"},
     {"merge_weights"},
     {"layer_walk"},
-    {"verify_merge"},
+    {"verify_merge", "stand_in"},
 )
 
 

@@ -1,6 +1,7 @@
 """The errors that tandem raises on purpose, and the exit code of each.
 
 TandemError            1
+├── NotFinite          1   training came to a loss or gradient that is NaN or infinite
 ├── UserError          2   the user's mistake: one tidy message, no traceback
 └── Stopped            3   interrupted; the same command resumes the run
 """
@@ -20,6 +21,10 @@ class TandemError(Exception):
     def _render_traceback_(self) -> list[str]:
         """Return what a notebook shows: the message alone, as a terminal does."""
         return [f"{type(self).__name__}: {self}"]
+
+
+class NotFinite(TandemError):  # noqa: N818 - what was found, as the others are named
+    """Training came to a loss or a gradient that is not finite; the message names the records."""
 
 
 class UserError(TandemError):

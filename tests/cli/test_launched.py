@@ -103,7 +103,7 @@ def test_word_to_be_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "word").read_text() == "a smaller budget"
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"run", "sft", "dpo"}))
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"run", "sft", "dpo", "sweep"}))
 def test_what_does_not_train_is_refused_once(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,7 +111,7 @@ def test_what_does_not_train_is_refused_once(
     assert main([name, "demo"]) == 2
     error = capsys.readouterr().err
     assert f"tandem {name} works in one process, and a launcher started 2" in error
-    assert "tandem run and tandem sft and tandem dpo work in several" in error
+    assert "tandem run and tandem sft and tandem dpo and tandem sweep work in several" in error
     _pretend(monkeypatch, 1, 2, 1, 2)
     assert main([name, "demo"]) == 2
     assert capsys.readouterr().err == ""

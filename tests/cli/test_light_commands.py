@@ -59,6 +59,9 @@ WRONG = (
     (["run", "little.yaml", "sft.max_lenght=9"], "did you mean sft.max_length?"),
     (["run", "little.yaml", "--until", "sfft"], "this recipe's stages are sft, sft-merge"),
     (["plan", "none.yaml"], "none.yaml: no such file"),
+    (["rehearse", "none.yaml"], "none.yaml: no such file"),
+    (["recipes", "copy", "none"], "no recipe of that name ships"),
+    (["sweep", "little.yaml", "sft.max_length=9,10"], "changes SFT"),
 )
 
 
@@ -67,6 +70,12 @@ def test_wrong_words_need_settings_alone(home: Path) -> None:
     for (_, said), found in zip(WRONG, told, strict=True):
         assert found.err.count("\n") == 1
         check(found, 2, said, SETTINGS)
+
+
+def test_recipes_are_listed_by_settings_alone(home: Path) -> None:
+    found = fresh("recipes", home=home)
+    assert "demo:base, two cores" in found.out
+    check(found, 0, "", SETTINGS, TERMINAL)
 
 
 WORDLESS = "nothing to measure"

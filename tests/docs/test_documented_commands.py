@@ -19,7 +19,9 @@ import tandem.export.export_gguf
 import tandem.export.ollama
 import tandem.model.base_model
 import tandem.pairs.make_pairs
+import tandem.pipeline.rehearsal.rehearse
 import tandem.pipeline.run_pipeline
+import tandem.pipeline.sweep.run_sweep
 import tandem.plan.rate
 import tandem.report.html
 import tandem.report.run_facts
@@ -29,6 +31,7 @@ import tandem.stages.finished
 import tandem.stages.merge
 import tandem.stages.sft
 from tandem.cli.main import main
+from tandem.pipeline.rehearsal.findings import Rehearsal
 from tandem.storage.atomic_files import read_json, read_jsonl
 
 from ..check.made_data import conversation, write
@@ -48,6 +51,8 @@ TUTORIAL = ROOT / "docs" / "guide" / "tutorial.md"
 # Model and data that a command of the documents may name although nothing of it is here.
 _RECIPE_OF_THE_READER = "my-recipe.yaml"
 _DATA_OF_THE_READER = "my-data.jsonl"
+_EMPTY_SWEEP = {"name": "s", "keys": {}, "metric": "accuracy", "trials": [], "best": None,
+                "complete": True}  # fmt: skip
 
 
 @pytest.fixture
@@ -60,11 +65,13 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (tandem.stages.merge, "run_merge", None),
         (tandem.pairs.make_pairs, "make_pairs", None),
         (tandem.pipeline.run_pipeline, "run_pipeline", None),
+        (tandem.pipeline.sweep.run_sweep, "run_sweep", _EMPTY_SWEEP),
         (tandem.evaluate.evaluate_models, "evaluate_models", {"models": {}, "samples": []}),
         (tandem.chat.session, "run_chat", None),
         (tandem.report.html, "write_report", Path("report.html")),
         (tandem.report.run_facts, "warnings_of_run", []),
         (tandem.runtime.local_launcher, "run_processes", 0),
+        (tandem.pipeline.rehearsal.rehearse, "rehearse", Rehearsal((), (), (), (), (), 0.0, None)),
         (tandem.export.export_gguf, "export_gguf", Path("model.gguf")),
         (tandem.export.export_gguf, "check_gguf", SimpleNamespace(lines=list)),
         (tandem.export.ollama, "export_ollama", Path("model-ollama")),
@@ -142,7 +149,7 @@ def test_a_shown_command_is_understood(
     if words[1] in ("check", "show"):
         assert not stages
         return
-    works = "--dry-run" not in words and words[1] not in ("cache", "plan")
+    works = "--dry-run" not in words and words[1] not in ("cache", "plan", "recipes")
     # A run has a page and findings besides.
     assert len(stages) == works + 2 * (words[1] == "run" and works)
 

@@ -29,7 +29,7 @@ for line in iter(sys.stdin.readline, ""):
         os.waitpid(pid, 0)
         continue
     said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         code = main(json.loads(line))
     print(json.dumps([code, said.getvalue()]), flush=True)
     os._exit(0)
@@ -57,7 +57,7 @@ class Shell:
         )
 
     def run(self, *argv: str) -> tuple[int, str]:
-        """The exit code of a command, and what it said on stderr."""
+        """The exit code of a command, and what it said."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(argv) + "\n")
@@ -129,6 +129,19 @@ def train(stage: str, model: str, data: str, output: str, *flags: str) -> list[s
     ]
     names = ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", output]
     return [stage, *names, *short, *flags]
+
+
+def test_a_rehearsal_fetches_no_weights_and_takes_data_by_its_id(hub: Hub, shell: Shell) -> None:
+    stage = "{data: some/talks, max_length: 200, batch_size: 4, lora: {rank: 2}}"
+    text = f"name: r\nmodel: some/tiny\noutput_dir: run\nsft: {stage}\n"
+    (shell.home / "rehearsed.yaml").write_text(text)
+    code, said = shell.run("rehearse", "rehearsed.yaml", "--records", "8", "--steps", "2")
+    assert code == 0, said
+    assert "8 of 24 rows of some/talks: 8 trained" in said
+    asked = " ".join(hub.asked)
+    assert "config.json" in asked
+    assert "model.safetensors" not in asked
+    assert not (shell.home / "run").exists()
 
 
 def test_both_stages_take_model_and_data_by_their_hub_ids(hub: Hub, shell: Shell) -> None:

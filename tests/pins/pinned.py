@@ -20,8 +20,9 @@ from tandem.cli.main import main
 
 FILE = Path(__file__).parent / "pinned.json"
 COMMANDS = (
-    "run", "sft", "merge", "pairs", "dpo", "check", "show", "plan", "eval", "chat", "report",
-    "cache", "export", "export gguf", "export ollama", "export check",
+    "run", "sft", "merge", "pairs", "dpo", "sweep", "check", "show", "rehearse", "recipes",
+    "plan", "eval", "chat", "report", "cache", "export", "export gguf", "export ollama",
+    "export check",
 )  # fmt: skip
 RECIPES = ("demo", "neural-chat-7b-v3-1")
 _NUMBERS = ("one", "two", "three", "four")

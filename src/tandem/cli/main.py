@@ -32,8 +32,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "merge": ("tandem.cli.train", "merge", "an adapter into its base model, verified"),
     "pairs": ("tandem.cli.pairs", "pairs", "preference pairs: rejected answers by a weaker model"),
     "dpo": ("tandem.cli.train", "dpo", "stage 2: Direct Preference Optimization"),
+    "sweep": ("tandem.cli.sweep", "sweep", "DPO with several values, compared on held-out pairs"),
     "check": ("tandem.cli.check", "check", "what is in a data set, before anything is trained"),
     "show": ("tandem.cli.show", "show", "one record as tokens: what is trained, and what is not"),
+    "rehearse": ("tandem.cli.rehearse", "rehearse", "the whole run in minutes, on a stand-in"),
+    "recipes": ("tandem.cli.recipes", "recipes", "the recipes that ship; copy one to change it"),
     "plan": ("tandem.cli.plan", "plan", "what a recipe would do and take, before it starts"),
     "eval": ("tandem.cli.evaluate", "evaluate", "measure models on tasks and on data of your own"),
     "chat": ("tandem.cli.chat", "chat", "talk to a model, or to several side by side"),
@@ -42,7 +45,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "cache": ("tandem.cli.report", "cache", "show or empty the cache"),
 }
 """Each command's module, function and help."""
-_IN_SEVERAL = ("run", "sft", "dpo")  # commands that work in several processes
+_IN_SEVERAL = ("run", "sft", "dpo", "sweep")  # commands that work in several processes
 # Errors of the file system, and what the user can do about them.
 _FOLDER_TROUBLE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "check its rights, or choose another path"),

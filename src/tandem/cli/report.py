@@ -21,6 +21,11 @@ def report(argv: list[str]) -> int:
     run_dir = Path(parser.parse(argv).run)
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such folder; name the folder of a run")
+    if (run_dir / "sweep.json").is_file():
+        from tandem.report.sweep_page import write_page
+
+        print(write_page(run_dir))
+        return 0
     from tandem.report.html import write_report
 
     print(write_report(run_dir))

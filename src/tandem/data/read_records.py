@@ -75,9 +75,9 @@ def read_questions(sources: Sequence[DataSource], limit: int | None = None) -> l
         for row in read_rows(source):
             if limit is not None and len(questions) >= limit:
                 return questions
-            row = _as_bad_line(row, QUESTION_KEYS)
+            row = _asbad_line(row, QUESTION_KEYS)
             if isinstance(row, BadLine):
-                raise _bad_line(row)
+                raise bad_line(row)
             try:
                 questions.append(read_question(row.fields, row.origin))
             except InvalidRecord as reason:
@@ -172,10 +172,10 @@ def records_of(chunk: Chunk, known: str, on_bad_record: OnBadRecord) -> Iterator
     read_keys = layout.read_keys if layout else frozenset()
     others: dict[tuple[str, ...], tuple[Format, ...]] = {}
     for row in chunk.rows():
-        row = _as_bad_line(row, read_keys)
+        row = _asbad_line(row, read_keys)
         if isinstance(row, BadLine):
             if on_bad_record == "stop":
-                raise _bad_line(row)
+                raise bad_line(row)
             yield Entry.dropped(row.origin, "unparsable", row.reason)
             continue
         assert layout is not None
@@ -202,7 +202,7 @@ def _with_tools(record: Record, tools: str) -> Record:
     return record
 
 
-def _as_bad_line(row: Row | BadLine, keys: Set[str]) -> Row | BadLine:
+def _asbad_line(row: Row | BadLine, keys: Set[str]) -> Row | BadLine:
     """Return the row, or a `BadLine` when one of its columns under `keys` is unreadable."""
     if isinstance(row, Row) and row.broken and (reason := unreadable(row.fields, keys)):
         return BadLine(row.origin, reason)
@@ -239,7 +239,8 @@ def names_of(sources: Sequence[DataSource]) -> str:
     return ", ".join(source.path for source in sources)
 
 
-def _bad_line(line: BadLine) -> UserError:
+def bad_line(line: BadLine) -> UserError:
+    """Return the error of a record that cannot be parsed."""
     return UserError(
         f"{line.origin}: the record {line.reason}. Correct or remove it, or leave such records "
         "out with `on_bad_record: drop` (the ledger lists them)."
@@ -258,7 +259,7 @@ def _look(
             empty = False
             if isinstance(row, BadLine):
                 if on_bad == "stop":
-                    raise _bad_line(row)
+                    raise bad_line(row)
                 continue
             first, tried = first or row, tried + 1
             if known := _detect(row, source, kind):

@@ -87,6 +87,17 @@ def check_inputs(recipe: Recipe, wanted: Set[str], finished: Set[str] = frozense
         check_pairs(asked.pairs, recipe)
 
 
+def check_training(recipe: Recipe) -> None:
+    """Look for what would stop the DPO stage of a recipe, but for its data.
+
+    Raises UserError for adapters on layers that the base model does not have, and for optimizers
+    that do not fit the engine.
+    """
+    asked = recipe.model_copy(update=dict.fromkeys(("sft", "pairs", "evaluate")))
+    _check_optimizers(asked)
+    _check_trained(asked, begins=recipe.sft or recipe.dpo)
+
+
 def _works(recipe: Recipe, names: Set[str]) -> set[str]:
     """What the stages of some names do, whatever their round."""
     return {stage.stage.work for stage in stages_of(recipe) if stage.name in names}

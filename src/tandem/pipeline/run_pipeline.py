@@ -52,7 +52,7 @@ def run_pipeline(
     Returns what the evaluation found, in rank 0. Raises UserError for stages that the recipe lacks,
     and what the stages raise.
     """
-    processes = _joined(recipe)
+    processes = joined(recipe)
     if not processes.is_rank0:
         console = Console(quiet=True)
     planned = stages_of(recipe)
@@ -76,7 +76,7 @@ def run_pipeline(
     return result if isinstance(result, dict) else None
 
 
-def _joined(recipe: Recipe) -> ProcessGroup:
+def joined(recipe: Recipe) -> ProcessGroup:
     """Connect the processes that a launcher started."""
     launch = launched()
     if launch.count == 1:

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from tandem.recipe.dpo_settings import DpoSettings
 from tandem.recipe.explain_errors import submodel
-from tandem.recipe.load_recipe import recipe_names
 from tandem.recipe.recipe import Recipe
+from tandem.recipe.shipped import shipped_recipes
 from tandem.recipe.training_settings import SftSettings
 
 _PLAIN = {"string": "text", "boolean": "true, false", "null": "null"}
@@ -25,8 +25,8 @@ _INTRODUCTION = """\
 <!-- Made by `python -m tandem.recipe.docs_page > docs/guide/recipes.md`; do not edit. -->
 
 A recipe is a YAML file that says a whole run. `tandem run RECIPE` takes a file or the name of a
-recipe that ships: {names}. A run's resolved recipe is in its folder as `recipe.yaml`, and
-`tandem run RECIPE --dry-run` prints it.
+[recipe that ships](#recipes-that-ship). A run's resolved recipe is in its folder as `recipe.yaml`,
+and `tandem run RECIPE --dry-run` prints it.
 
 Any key can be set on the command line, with dots between the levels and values as in YAML; null
 unsets, and leaves a section out:
@@ -42,17 +42,35 @@ In every path `~`, `$NAME` and `${{NAME}}` are resolved; a variable that is not 
 Keys are text whatever they look like (`no`, `010`). Numbers that YAML 1.1 reads as octal or as
 hours and minutes (`010`, `1:30`) are refused; a text that looks like a number or a truth value
 (`2024`, `no`) needs quotes.
+
+## Recipes that ship
+
+{shipped}
+
+`tandem recipes` lists them, and `tandem recipes copy NAME` writes one to a file of your own. The
+head of each file says data, command, hardware, memory, where its values come from, and what to
+expect. Memory is [planned](../internals/plan.md) for the longest records that the recipe allows.
+Nobody has measured it on such cards, and there are no figures of quality.
+[`tandem rehearse`](rehearsal.md) runs each of them in minutes on a CPU, and the tests do so.
 """
 
 
 def reference_page(recipe: type[Recipe] = Recipe) -> str:
     """Write the Markdown page: for each section its keys, types, defaults and meanings."""
-    names = ", ".join(f"`{name}`" for name in recipe_names())
     sections = {"recipe": recipe, **_below(recipe, {})}  # by the name of a section's first key
     titles = {model.__name__: title for title, model in sections.items()}
-    parts = [_INTRODUCTION.format(names=names)]
+    parts = [_INTRODUCTION.format(shipped=_shipped())]
     parts += ["\n".join(_section(title, model, titles)) for title, model in sections.items()]
     return "\n".join(parts)
+
+
+def _shipped() -> str:
+    """A table of the recipes that ship."""
+    lines = ["| recipe | what | hardware | memory of a GPU |", "| --- | --- | --- | --- |"]
+    for one in shipped_recipes():
+        memory = one.head.get("memory", "").partition(", planned")[0].removesuffix(" of each GPU")
+        lines.append(f"| `{one.name}` | {one.description} | {one.hardware} | {memory} |")
+    return "\n".join(lines)
 
 
 def _below(model: type[BaseModel], known: dict[str, type[BaseModel]]) -> dict[str, type[BaseModel]]:

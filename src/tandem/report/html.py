@@ -50,8 +50,8 @@ def write_report(run_dir: Path) -> Path:
 
 
 @functools.cache
-def page_template() -> Template:
-    """The page's template; to compile it takes longer than to fill it in."""
+def page_template(name: str = "page.html.jinja") -> Template:
+    """A page's template; to compile it takes longer than to fill it in."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -60,7 +60,7 @@ def page_template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup  # only for charts, which escape what they print
-    return environment.get_template("page.html.jinja")
+    return environment.get_template(name)
 
 
 def render(facts: RunFacts) -> str:

@@ -24,12 +24,16 @@ _STEPS = 4  # an axis has about so many
 
 @dataclass(frozen=True)
 class Series:
-    """A named line: `tone` is a colour of the page (blue, teal, rose, amber, violet)."""
+    """A named line: `tone` is a colour of the page (blue, teal, rose, amber, violet).
+
+    `stroke` is dashed or dotted where lines share a colour.
+    """
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
     tone: str = "blue"
+    stroke: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,11 @@ def line_chart(
     x_label: str = "step",
     y_format: Callable[[float], str] = number,
     from_zero: bool = False,
+    named: bool = True,
 ) -> str:
     """Draw lines over a common axis, each named and labelled with its last value.
+
+    Lines are not `named` where the page has their names and last values elsewhere.
 
     Values that are not finite break the line. From 40 points on, the bold line is a centred
     running mean (see `smoothing_window`) over the thin line of the logged values; more than 400
@@ -85,7 +92,7 @@ def line_chart(
     x_low, x_high = min(xs), max(xs)
     if x_low == x_high:
         x_low, x_high = x_low - 1, x_high + 1
-    rows = _legend_rows([(s.name, s.tone) for s, _ in points]) if len(points) > 1 else []
+    rows = _legend_rows([(s.name, s.tone) for s, _ in points]) if named and len(points) > 1 else []
     top = _TOP + _LEGEND * len(rows)
     extra = _LEGEND * max(0, len(rows) - 2)  # two rows leave the lines enough room
     frame = _Frame(x_low, x_high, ticks[0], ticks[-1], top - extra)
@@ -96,7 +103,8 @@ def line_chart(
         parts.append(_line(frame, one, path, y_format, x_label))
         last = [y for _, y in _smooth(path) if math.isfinite(y)][-1]
         ends.append((frame.y(last), y_format(last), one.tone))
-    parts += _end_labels(ends)
+    if named:
+        parts += _end_labels(ends)
     legend = "".join(_legend(row, 11 - extra + _LEGEND * place) for place, row in enumerate(rows))
     return _svg([*parts, legend], label, above=extra)
 
@@ -164,6 +172,12 @@ def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
     return _svg(parts, label, height=row * len(bars))
 
 
+def swatch(one: Series) -> str:
+    """Draw a short piece of a line, for a legend."""
+    kind = escape(f"line tone-{one.tone} {one.stroke}".rstrip(), quote=True)
+    return f'<svg class="swatch" viewBox="0 0 24 8">{_rule(kind, 1, 4, 23, 4)}</svg>'
+
+
 def smoothing_window(points: int) -> int:
     """Return how many logged values the bold line averages: odd, 1 below 40 points."""
     shown = min(points, _MAX_POINTS)
@@ -206,7 +220,8 @@ def _line(
     parts = []
     if smoothing_window(len(points)) > 1:
         parts.append(f'<path class="raw tone-{one.tone}" d="{_path(frame, points)}"/>')
-    parts.append(f'<path class="line tone-{one.tone}" d="{_path(frame, _smooth(points))}"/>')
+    kind = f"line tone-{one.tone} {one.stroke}".rstrip()
+    parts.append(f'<path class="{kind}" d="{_path(frame, _smooth(points))}"/>')
     for x, y in points:
         if math.isfinite(y):
             title = f"{one.name} {y_format(y)}, {x_label} {number(x)}"

@@ -134,7 +134,8 @@ def compared_rows(
     rows = []
     for measure in [*tasks, *shown_measures(evaluation)]:
         cells = tuple(
-            _compared(measure, mapping(models[name]), against) for name in model_names(evaluation)
+            compared_cell(measure, mapping(models[name]), against)
+            for name in model_names(evaluation)
         )
         details = measure.meaning if measure in tasks else ""
         rows.append(ComparedRow(measure, details, cells))
@@ -198,7 +199,11 @@ def _cell(measure: Measure, values: Mapping[str, Any], before: Mapping[str, floa
     return Cell(_shown(measure, value), change.replace("-", "−"), *_marks(measure, step), note)
 
 
-def _compared(measure: Measure, values: Mapping[str, Any], against: str) -> Cell:
+def compared_cell(measure: Measure, values: Mapping[str, Any], against: str) -> Cell:
+    """A value with its error, and its difference from another model's.
+
+    `values` are those of one model as in evaluation.json, `against` is the key of the difference.
+    """
     value = values.get(measure.key)
     if not is_number(value):
         return Cell("–")

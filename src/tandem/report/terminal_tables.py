@@ -30,7 +30,7 @@ def result_table(evaluation: Mapping[str, Any]) -> Table:
     for i in shown:
         table.add_column(measures[i].title, justify="right", min_width=7)
     for row in result_rows(evaluation):
-        table.add_row(Text(row.label), *(_cell(row.cells[i]) for i in shown))
+        table.add_row(Text(row.label), *(cell_text(row.cells[i]) for i in shown))
     return table
 
 
@@ -49,7 +49,7 @@ def comparison_table(evaluation: Mapping[str, Any]) -> Table:
         title = Text(row.measure.title, "bold")
         if row.details:
             title.append(f"\n{row.details}", "not bold dim")
-        table.add_row(title, *map(_cell, row.cells))
+        table.add_row(title, *map(cell_text, row.cells))
     return table
 
 
@@ -90,7 +90,8 @@ def warning_lines(warnings: Sequence[ReportWarning]) -> list[Text]:
     ]
 
 
-def _cell(cell: Cell) -> Text:
+def cell_text(cell: Cell) -> Text:
+    """A cell with its change and note below."""
     text = Text(cell.text)
     if cell.change:
         text.append("\n" + f"{cell.arrow} {cell.change}".strip(), _STYLES[cell.verdict])

@@ -167,7 +167,7 @@ def reference_logps(
     engine: Engine,
     trees: Sequence[Example],
     *,
-    store: ReferenceStore,
+    store: ReferenceStore | None,
     identity: str,
     budget: TokenBudget,
     advance: Callable[[int], None],
@@ -181,6 +181,7 @@ def reference_logps(
     Args:
         engine: holds the reference (the policy with its adapter off).
         trees: all records.
+        store: where log-probs are found and kept; None computes all of them, and keeps none.
         identity: hash of the reference weights and of what the numerics depend on.
         budget: lowered when memory runs out.
         advance: called with the number of records that were done.
@@ -189,6 +190,9 @@ def reference_logps(
     """
     processes = engine.processes
 
+    def find(keys: Sequence[bytes]) -> dict[bytes, float]:
+        return {} if store is None else store.get(keys)
+
     def compute(part: Sequence[range]) -> list[tuple[float, int]]:
         unit = part[processes.rank] if processes.rank < len(part) else range(0)
         # With sharded weights, a process without records of its own still takes part.
@@ -196,6 +200,8 @@ def reference_logps(
 
     def keep(keys: list[bytes], fresh: list[tuple[float, int]]) -> dict[bytes, float]:
         logps = [logp for logp, _ in fresh]
+        if store is None:
+            return dict(zip(keys, logps, strict=True))
         store.put(keys, logps, [count for _, count in fresh])
         # Where another run has stored a log-prob meanwhile, both take that one.
         return dict(zip(keys, logps, strict=True)) | store.get(keys)
@@ -205,7 +211,7 @@ def reference_logps(
     for first in range(0, len(trees), _BLOCK):
         block = range(first, min(first + _BLOCK, len(trees)))
         keys = _keys(identity, trees, block)
-        known = processes.on_rank0(partial(store.get, [key for row in keys for key in row]))
+        known = processes.on_rank0(partial(find, [key for row in keys for key in row]))
         units = [range(i, min(i + _UNIT, block.stop)) for i in range(first, block.stop, _UNIT)]
         missing = [u for u in units if any(key not in known for i in u for key in keys[i - first])]
         advance(len(block) - sum(map(len, missing)))

@@ -16,7 +16,7 @@ from tandem.data.batching.collate import collate, record_key
 from tandem.data.batching.packing import StepPlan, example_cost, plan_step
 from tandem.data.batching.sampler import Step
 from tandem.data.encoded.example import Example
-from tandem.errors import TandemError
+from tandem.errors import NotFinite, TandemError
 from tandem.model.logprobs.sequence_logps import micro_batches, tokens_fed
 from tandem.train.engines.engine import Engine
 from tandem.train.objectives.objective import Objective
@@ -194,7 +194,7 @@ class StepRunner:
     def _not_finite(self, step: int, examples: Sequence[Example]) -> TandemError:
         if self.learns:
             return not_finite("loss", step, examples)
-        return TandemError(
+        return NotFinite(
             f"the loss of held-out records is not finite after {step} steps. Records: "
             f"{_origins(examples)}. Lower the learning rate, or look at these records."
         )
@@ -219,7 +219,7 @@ def added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def not_finite(what: str, step: int, examples: Sequence[Example]) -> TandemError:
     """The error of a step whose loss or gradient is NaN or infinite."""
-    return TandemError(
+    return NotFinite(
         f"the {what} of step {step + 1} is not finite; the step was not applied. Records: "
         f"{_origins(examples)}. Lower the learning rate, or look at these records."
     )

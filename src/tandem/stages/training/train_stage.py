@@ -164,6 +164,7 @@ def _run(
     run = TrainingRun(
         stage.name, context.job, engine, context.base.config, records.dataset, sampler,
         sampler.total_steps(settings), execution, context.log, callbacks, baseline_memory=baseline,
+        held_out=None if records.held_out is None else records.held_out.dataset,
     )  # fmt: skip
     with ExitStack() as closing:
         for callback in callbacks:

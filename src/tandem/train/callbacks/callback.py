@@ -44,6 +44,7 @@ class TrainingRun:
     stop_reason: str = ""  # why a callback asked to stop; empty if none did
     stopping: bool = False  # whether the run ends after this step; set for `before_next_step`
     finish_reason: str = ""  # why a callback finished the run early; empty if none did
+    held_out: EncodedDataset | None = None  # the records that are scored and not trained on
     failure: str = ""  # what went wrong in a callback of the user's own; empty if nothing did
     checkpoint: Path | None = None  # the newest one that this run has written or begun with
 

@@ -1,0 +1,1 @@
+"""A whole run on a small random model and a few records, to find what would fail later."""
