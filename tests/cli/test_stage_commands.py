@@ -17,10 +17,10 @@ import tandem.stages.sft
 from tandem.cli.main import main
 from tandem.recipe.choices import TrainingStageName as Stage
 from tandem.recipe.dpo_settings import DpoSettings
-from tandem.recipe.flags import DATA_FLAGS, Flag, boolean
+from tandem.recipe.flags.flag import DATA_FLAGS, Flag, boolean
+from tandem.recipe.flags.tutorial_flags import SETTINGS, stage_flags
 from tandem.recipe.run_settings import RunSettings
 from tandem.recipe.training_settings import SftSettings
-from tandem.recipe.tutorial_flags import SETTINGS, stage_flags
 
 SEED_SFT = """
 model_name_or_path dataset_name output_dir per_device_train_batch_size

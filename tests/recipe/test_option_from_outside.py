@@ -11,10 +11,10 @@ from pydantic import Field
 from tandem.cli import run, train
 from tandem.errors import UserError
 from tandem.recipe.docs_page import reference_page
+from tandem.recipe.flags.tutorial_flags import job_from_flags
 from tandem.recipe.load_recipe import load_recipe
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import SftSettings
-from tandem.recipe.tutorial_flags import job_from_flags
 
 
 class Smoothed(SftSettings):

@@ -8,11 +8,11 @@ import pytest
 
 from tandem.errors import UserError
 from tandem.recipe.choices import AttentionName
+from tandem.recipe.flags.tutorial_flags import SETTINGS, job_from_flags, stage_flags
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.load_recipe import load_recipe
 from tandem.recipe.run_settings import HpuSettings, RunSettings
 from tandem.recipe.training_settings import TrainingSettings
-from tandem.recipe.tutorial_flags import SETTINGS, job_from_flags, stage_flags
 
 REQUIRED = {"model_name_or_path": "m", "dataset_name": ["d"], "output_dir": "o"}
 Stage = Literal["sft", "dpo"]

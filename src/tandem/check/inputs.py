@@ -26,7 +26,7 @@ from tandem.errors import UserError
 from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.data_source import DataSource
 from tandem.recipe.dpo_settings import DpoSettings
-from tandem.recipe.flags import named_data
+from tandem.recipe.flags.flag import named_data
 from tandem.recipe.recipe import Recipe
 from tandem.recipe.training_settings import SftSettings, TrainingSettings
 from tandem.recipe.unmeant import unmeant

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from tandem.cli.parser import Parser, add_flag, number, path, positive, seed
-from tandem.recipe.flags import flag_of
+from tandem.recipe.flags.flag import flag_of
 from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.launch import announce
 from tandem.storage.run_folder import model_in_run

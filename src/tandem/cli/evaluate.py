@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tandem.cli.parser import Parser, add_flag, output_folder, path
 from tandem.errors import UserError
 from tandem.recipe.evaluation_settings import EvaluationSettings
-from tandem.recipe.flags import Flag, flag_of
+from tandem.recipe.flags.flag import Flag, flag_of
 from tandem.recipe.pairs_settings import ServerSettings
 from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.launch import announce

@@ -7,7 +7,7 @@ from typing import Any
 
 from tandem.cli.parser import Parser, add_flag, path
 from tandem.errors import UserError, nearest
-from tandem.recipe.flags import flag_of
+from tandem.recipe.flags.flag import flag_of
 from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.launch import announce
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tandem.cli.parser import Parser, add_flag, path
 from tandem.errors import UserError
 from tandem.recipe.choices import TRAINING_STAGES
-from tandem.recipe.flags import DATA_FLAGS, REVISION, flag_of
+from tandem.recipe.flags.flag import DATA_FLAGS, REVISION, flag_of
 from tandem.recipe.run_settings import RunSettings
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _asked(
 ) -> tuple[Sequence[CheckTarget], Sequence[str]]:
     """See `data_of`."""
     from tandem.check.inputs import KINDS, by_kind, named_sources, recipe_data, stage_data, stage_of
-    from tandem.recipe.flags import data_settings
+    from tandem.recipe.flags.flag import data_settings
 
     settings = data_settings(vars(arguments))
     if not arguments.data:

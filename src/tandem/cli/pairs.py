@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tandem.cli.parser import Parser, add_dry_run, add_flag, add_overrides, output_folder, path
 from tandem.integrations.choose import prepare_devices
-from tandem.recipe.flags import flag_of
+from tandem.recipe.flags.flag import flag_of
 from tandem.recipe.pairs_settings import PairsSettings
 from tandem.recipe.run_settings import RunSettings
 from tandem.runtime.launch import announce

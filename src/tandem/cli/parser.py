@@ -11,7 +11,7 @@ from tandem.errors import UserError
 from tandem.storage.run_folder import output_folder as output_folder
 
 if TYPE_CHECKING:
-    from tandem.recipe.flags import Flag
+    from tandem.recipe.flags.flag import Flag
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,7 +108,7 @@ def whole(text: str) -> int:
 
 def add_flag(parser: Parser | argparse._ArgumentGroup, flag: Flag, **more: Any) -> None:
     """Declare a flag with `more` options of argparse; true or false may follow a boolean."""
-    from tandem.recipe.flags import boolean
+    from tandem.recipe.flags.flag import boolean
     from tandem.recipe.section import expanded
 
     kind: Any = {expanded: path, int: whole, float: number}.get(flag.kind, flag.kind)

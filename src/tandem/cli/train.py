@@ -11,10 +11,10 @@ from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.parser import Parser, add_dry_run, add_flag, output_folder, path
 from tandem.integrations.choose import has_bridge, prepare_devices
 from tandem.recipe.choices import TrainingStageName
-from tandem.recipe.flags import flag_of
+from tandem.recipe.flags.flag import flag_of
+from tandem.recipe.flags.tutorial_flags import SETTINGS, job_from_flags, stage_flags
 from tandem.recipe.run_settings import RunSettings
 from tandem.recipe.training_settings import MergeSettings, TrainingSettings
-from tandem.recipe.tutorial_flags import SETTINGS, job_from_flags, stage_flags
 from tandem.runtime.launch import announce, launched
 
 if TYPE_CHECKING:

@@ -16,11 +16,20 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from tandem.errors import UserError
-from tandem.recipe import flags
 from tandem.recipe.choices import TrainingStageName
 from tandem.recipe.dpo_settings import DpoSettings, uses_beta
 from tandem.recipe.explain_errors import explain
-from tandem.recipe.flags import Flag, boolean, flag_of, flags_of_section
+from tandem.recipe.flags.flag import (
+    DATA_FLAGS,
+    REVISION,
+    Flag,
+    boolean,
+    data_settings,
+    flag_of,
+    flags_of_section,
+    named_data,
+    pairs_of,
+)
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.lora_settings import FIXED, LoraSettings
 from tandem.recipe.method_options import without_effect
@@ -74,8 +83,8 @@ _WITHOUT = ("name", "description", "keep", "best_metric", "rank_pattern", "alpha
 _DATA = (
     Flag("dataset_name", expanded, "A Hub id, a folder or a file; several are read in turn.",
          many=True),
-    *flags.DATA_FLAGS,
-    Flag("dataset_revision", str, flags.REVISION.help),
+    *DATA_FLAGS,
+    Flag("dataset_revision", str, REVISION.help),
 )  # fmt: skip
 _BATCH_FLAGS = (
     Flag("per_device_train_batch_size", int, "Examples a device; a factor of the global batch."),
@@ -165,8 +174,8 @@ def job_from_flags(
             *above, key = flag.field
             reduce(getitem, above, asked)[key] = values[flag.name]
     run, parts = asked["run"], asked["settings"]
-    of_data = flags.data_settings({**values, "revision": values.get("dataset_revision")})
-    parts["data"] = flags.named_data(values["dataset_name"], of_data)
+    of_data = data_settings({**values, "revision": values.get("dataset_revision")})
+    parts["data"] = named_data(values["dataset_name"], of_data)
     parts["batch_size"], batch_notice = _global_batch(stage, values, devices)
     _settle_duration(parts, values)
     _settle_warmup(parts, values)
@@ -244,7 +253,7 @@ def _settle_methods(settings: dict[str, Any], values: Values) -> None:
             settings["loss"] = losses[0]
         else:
             example = "--loss sigmoid=1 sft=0.1"
-            settings["loss"] = flags.pairs_of("loss", losses, "NAME=WEIGHT", example)
+            settings["loss"] = pairs_of("loss", losses, "NAME=WEIGHT", example)
         if "beta" not in values and not uses_beta(settings["loss"]):
             settings.pop("beta", None)
     own = (settings.get("optimizer", "adamw"), settings.get("lr_scheduler", "cosine"))
@@ -279,7 +288,7 @@ def _settle_lora(stage: TrainingStageName, lora: dict[str, Any], values: Values)
             del lora[key]
     for key, (form, example) in _PATTERNS.items():
         if (texts := values.get(f"lora_{key}")) is not None:
-            lora[key] = flags.pairs_of(f"lora_{key}", texts, form, example)
+            lora[key] = pairs_of(f"lora_{key}", texts, form, example)
     if stage == "dpo":
         if not 0 <= lora["dropout"] < 1:
             raise UserError(f"--lora_dropout is {lora['dropout']}, but it must be in [0, 1)")

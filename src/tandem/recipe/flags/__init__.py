@@ -1,0 +1,1 @@
+"""Flags of the command line, made from the settings of a recipe."""
