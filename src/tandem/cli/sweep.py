@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tandem.cli.nproc import add_nproc, in_processes
 from tandem.cli.parser import Parser, add_dry_run, number, output_folder, positive
 from tandem.errors import UserError
+from tandem.recipe.choices import BEST_METRICS
 from tandem.runtime.launch import announce, launched
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _parser() -> Parser:
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=about)
     parser.add_argument(
         "--metric",
-        choices=("accuracy", "margin", "loss"),
+        choices=BEST_METRICS,
         default="accuracy",
         help="What decides on held-out records: the share of pairs whose chosen answer gained more "
         "(default), by how much in nats, or the loss, where it is the same in all trials.",

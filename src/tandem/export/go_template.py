@@ -24,6 +24,8 @@ KNOWN: dict[str, str] = {
     "llama-3": "{{ range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n"
     "{{ .Content }}<|eot_id|>{{ end }}<|start_header_id|>assistant<|end_header_id|>\n\n",
     "zephyr": "{{ range .Messages }}<|{{ .Role }}|>\n{{ .Content }}EOS\n{{ end }}<|assistant|>\n",
+    "tulu": '{{ range .Messages }}<|{{ .Role }}|>\n{{ .Content }}{{ if eq .Role "assistant" }}EOS'
+    "{{ end }}\n{{ end }}<|assistant|>\n",
     "neural-chat": "### System:\n{{ if .System }}{{ .System }}{{ else }}"
     + _DEFAULT_SYSTEM
     + "{{ end }}EOS{{ range .Messages }}"

@@ -48,6 +48,7 @@ Language = Literal[
 ]  # fmt: skip
 Suite = Literal["leaderboard-v1"]
 
+BEST_METRICS: tuple[BestMetric, ...] = get_args(BestMetric)
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 SUITES: tuple[Suite, ...] = get_args(Suite)
 

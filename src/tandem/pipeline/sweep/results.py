@@ -14,12 +14,12 @@ from tandem.pipeline.sweep.state import (
     END,
     METRICS,
     Halving,
-    MetricName,
     Scores,
     TrialState,
     ranked,
 )
 from tandem.pipeline.sweep.winner import write_best
+from tandem.recipe.choices import BestMetric
 from tandem.storage.atomic_files import atomic_write_json, read_json
 from tandem.storage.hashing import Damaged, read_object, sealed
 from tandem.storage.manifest import read_manifest
@@ -28,7 +28,7 @@ from tandem.train.pauses import pause_name
 NAME = "sweep.json"
 
 
-def check_halving(grid: Grid, halving: Halving | None, metric: MetricName) -> None:
+def check_halving(grid: Grid, halving: Halving | None, metric: BestMetric) -> None:
     """Raise UserError where trials have begun that were not compared as is asked now."""
     path = grid.folder / NAME
     if halving is None or not path.exists():
@@ -48,7 +48,7 @@ def check_halving(grid: Grid, halving: Halving | None, metric: MetricName) -> No
 def write_results(
     grid: Grid,
     states: Sequence[TrialState],
-    metric: MetricName,
+    metric: BestMetric,
     halving: Halving | None,
     *,
     complete: bool,
@@ -82,7 +82,7 @@ def write_results(
     return facts
 
 
-def _halving(halving: Halving, metric: MetricName) -> dict[str, Any]:
+def _halving(halving: Halving, metric: BestMetric) -> dict[str, Any]:
     return {"keep": halving.keep, "rungs": halving.rungs, "metric": metric}
 
 

@@ -20,7 +20,6 @@ from tandem.pipeline.sweep.results import check_halving, write_results
 from tandem.pipeline.sweep.state import (
     END,
     Halving,
-    MetricName,
     TrialState,
     check_begun,
     ranked,
@@ -28,6 +27,7 @@ from tandem.pipeline.sweep.state import (
     store_of,
 )
 from tandem.pipeline.sweep.winner import check_take, take
+from tandem.recipe.choices import BestMetric
 from tandem.recipe.jobs import TrainingJob
 from tandem.recipe.recipe import Recipe, stages_of
 from tandem.runtime.console import log
@@ -41,7 +41,7 @@ from tandem.train.pauses import pause_name, pause_steps
 class SweepOptions:
     """How trials are compared, and what becomes of the best."""
 
-    metric: MetricName = "accuracy"
+    metric: BestMetric = "accuracy"
     halving: Halving | None = None
     take: bool = False  # whether the best trial becomes the run's DPO stage
 
@@ -240,7 +240,7 @@ def failures(results: dict[str, Any]) -> list[str]:
     return [one["name"] for one in results["trials"] if one["state"] == "failed"]
 
 
-def check_metric(grid: Grid, metric: MetricName) -> None:
+def check_metric(grid: Grid, metric: BestMetric) -> None:
     """Raise UserError for a metric that the trials of a sweep do not share."""
     if metric == "loss" and not grid.losses_compare:
         raise UserError(

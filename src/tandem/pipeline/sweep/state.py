@@ -7,17 +7,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tandem.errors import UserError
 from tandem.evaluate.scores import MeasurementStore, Score
 from tandem.pipeline.sweep.grid import Grid, Trial
+from tandem.recipe.choices import BEST_METRICS, BestMetric
 from tandem.stages.finished import settings_that_count
 from tandem.storage.manifest import difference, read_manifest
 
 END, FAILED = "end", "failed"
-MetricName = Literal["accuracy", "margin", "loss"]
-METRICS: tuple[MetricName, ...] = ("accuracy", "margin", "loss")
+METRICS = tuple(sorted(BEST_METRICS, key=lambda name: name == "loss"))  # the loss is last
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Scores:
 
     values: Mapping[str, Any]
 
-    def of(self, metric: MetricName) -> Score:
+    def of(self, metric: BestMetric) -> Score:
         """A metric, record by record; a record counts by its pairs."""
         names = {"accuracy": "right", "margin": "margins", "loss": "losses"}
         weights = self.values["loss_weights" if metric == "loss" else "pairs"]
@@ -152,7 +152,7 @@ def _holds_work(folder: Path, manifest: Mapping[str, Any]) -> bool:
     return manifest["status"] == "finished" or any(folder.glob("checkpoints/step-*"))
 
 
-def ranked(states: Sequence[TrialState], metric: MetricName, at: str) -> list[TrialState]:
+def ranked(states: Sequence[TrialState], metric: BestMetric, at: str) -> list[TrialState]:
     """The trials in order, the best first; equal ones by their margin, then as they were listed.
 
     One that had ended before is compared by its end.
