@@ -16,6 +16,9 @@ compile_once()
 gc.disable()  # until all is collected: the imports leave much that lives, and hardly any garbage
 # Devices that tests only pretend are there must not reach DeepSpeed in the processes they start.
 os.environ["DS_ACCELERATOR"] = "cpu"
+# torch asks for the name of each address that it connects to. Where a name server does not answer,
+# a process would wait five seconds for it, twice.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import socket
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from tandem.errors import TandemError, UserError
+from tandem.runtime import process_group
 from tandem.runtime.launch import Launch
-from tandem.runtime.process_group import in_words, join
+from tandem.runtime.process_group import await_end, beating, in_words, join
 
 from .meeting import ended, start
 
@@ -92,3 +94,23 @@ def test_one_process_needs_no_contact() -> None:
 def test_timeouts_in_words() -> None:
     assert in_words(timedelta(minutes=90)) == "90 minutes"
     assert in_words(timedelta(seconds=2.5)) == "2.5 seconds"
+
+
+def test_a_connection_to_the_store_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    made: list[Any] = []
+
+    class Shared:
+        def clone(self) -> Any:
+            made.append(store.clone())
+            return made[-1]
+
+    monkeypatch.setattr(process_group, "_idle", [])
+    for number in range(4):
+        with process_group._connection(Shared()) as own, beating(own, f"work/{number}", 1.0):
+            pass
+        await_end(Shared(), f"work/{number}", timedelta(seconds=9))  # type: ignore[arg-type]
+    assert len(made) == 1
+    with pytest.raises(ZeroDivisionError), process_group._connection(Shared()):
+        raise ZeroDivisionError
+    assert process_group._idle == []  # one that failed may be broken

@@ -28,6 +28,9 @@ _SHORT, _LONG = 0.001, 0.5  # seconds between two checks for a sign of life, at 
 _SLACK = timedelta(seconds=2)  # for torch to report a timeout itself
 _turns = count()
 _control: Any = None
+# Connections to the store that nothing waits on now. To connect may take seconds, where torch looks
+# for the name of an address and no name server answers.
+_idle: list[Any] = []
 
 
 def _dist() -> Any:
@@ -136,8 +139,8 @@ class ProcessGroup:
         failed: list[Exception] = []
         if here:
             every = min(_BEAT, self._patience.total_seconds() / 4)
-            # A clone, because a wait blocks a store for others.
-            with beating(shared.clone(), f"{name}/{self.rank}", every):
+            # A connection of its own, because a wait blocks a store for others.
+            with _connection(shared) as own, beating(own, f"{name}/{self.rank}", every):
                 try:
                     done.append(work())
                 except Exception as error:
@@ -235,6 +238,7 @@ def join(launch: Launch, backend: str, timeout: timedelta) -> ProcessGroup:
     dist = _dist()
     if not dist.is_initialized():
         _control = None
+        _idle.clear()
         _meet(launch, backend, timeout)
     obtained = (dist.get_rank(), dist.get_world_size())
     if obtained != (launch.rank, launch.count):
@@ -253,6 +257,7 @@ def join(launch: Launch, backend: str, timeout: timedelta) -> ProcessGroup:
 def leave() -> None:
     """Disconnect from the other processes at the end of a command."""
     dist: Any = sys.modules.get("torch.distributed")
+    _idle.clear()
     if dist is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -322,6 +327,20 @@ def _contact_lost(error: Exception) -> bool:
 
 
 @contextmanager
+def _connection(store: Any) -> Iterator[Any]:
+    """A connection to the store that no other thread uses; kept for the next one, unless it fails.
+
+    `store` is the process group's own, which lasts until the processes `leave`.
+    """
+    try:
+        own = _idle.pop()
+    except IndexError:
+        own = store.clone()
+    yield own
+    _idle.append(own)
+
+
+@contextmanager
 def beating(store: Store, name: str, every: float) -> Iterator[None]:
     """Give a sign of life every `every` seconds while the body works, for `await_end`.
 
@@ -379,17 +398,17 @@ def _listen(
     pause, beats = _SHORT, count()
     key = f"{name}/{next(beats)}"
     try:
-        # A clone, because a wait blocks a store for others; made in this thread, because a frozen
-        # store blocks that as well.
-        store: Any = shared.clone()
-        while not left.wait(pause):
-            if not store.check([key]):
-                pause = min(2 * pause, _LONG)
-                continue
-            word = store.get(key)
-            heard.put(word)
-            if word == _OVER:
-                return
-            key = f"{name}/{next(beats)}"
+        # A connection of its own, because a wait blocks a store for others; made in this thread,
+        # because a frozen store blocks that as well.
+        with _connection(shared) as store:
+            while not left.wait(pause):
+                if not store.check([key]):
+                    pause = min(2 * pause, _LONG)
+                    continue
+                word = store.get(key)
+                heard.put(word)
+                if word == _OVER:
+                    return
+                key = f"{name}/{next(beats)}"
     except dist.DistError as error:
         heard.put(error)
