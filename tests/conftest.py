@@ -25,6 +25,12 @@ SHARED = ROOT.parent / "shared" / "data"
 LONGEST = (
     "invariants/test_engines.py",
     "invariants/test_schedules.py",
+    "invariants/test_methods.py",
+    "recipe/test_shipped_recipes.py",
+    "peers/test_dpo.py",
+    "pipeline/test_sweep.py",
+    "pipeline/test_rounds.py",
+    "faults/test_hub.py",
     "stages/test_padded_models.py",
     "pipeline/test_interruptions.py",
     "packaging/test_wheel.py",

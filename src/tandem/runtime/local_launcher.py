@@ -44,29 +44,53 @@ def run_processes(count: int, command: Sequence[str], *, log: Callable[[str], No
     """
     # torch reports each failure in a box and a log line; the processes have reported it already.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
+    variables: dict[str, str] = {}
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, len(os.sched_getaffinity(0)) // count)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        variables["OMP_NUM_THREADS"] = str(threads)
         log(f"{_counted(count, 'process')}, each of {_counted(threads, 'thread')}")
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
         word = Path(folder) / "restart"
-        os.environ[RESTART_FILE] = str(word)
-        for turn in range(_RESTARTS + 1):
-            end = _run(count, command, folder)
-            if end.asked is not None:
-                return _stopped(end, end.asked, log)
-            reason = word.read_text().strip() if word.exists() else ""
-            # The others may have ended with another code, because they lost contact.
-            if end.code == 0 or not reason:
-                break
-            if turn == _RESTARTS:
-                log(f"started again {_RESTARTS} times and asked once more: {reason}")
-                break
-            log(f"starting the processes again: {reason}")
-            word.unlink()
-        for line in end.killed():
-            log(line)
-        return end.code
+        variables[RESTART_FILE] = str(word)
+        with _inherited(variables):
+            return _run_again(count, command, folder, word, log)
+
+
+@contextmanager
+def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _run_again(
+    count: int, command: Sequence[str], folder: str, word: Path, log: Callable[[str], None]
+) -> int:
+    """Run the processes as often as they ask for it in the file `word`; their exit code."""
+    for turn in range(_RESTARTS + 1):
+        end = _run(count, command, folder)
+        if end.asked is not None:
+            return _stopped(end, end.asked, log)
+        reason = word.read_text().strip() if word.exists() else ""
+        # The others may have ended with another code, because they lost contact.
+        if end.code == 0 or not reason:
+            break
+        if turn == _RESTARTS:
+            log(f"started again {_RESTARTS} times and asked once more: {reason}")
+            break
+        log(f"starting the processes again: {reason}")
+        word.unlink()
+    for line in end.killed():
+        log(line)
+    return end.code
 
 
 def _counted(count: int, what: str) -> str:
