@@ -38,8 +38,10 @@ _LIBRARIES = (
 
 def import_everything() -> None:
     """Import the libraries and all modules of tandem, load its C kernels, compile templates."""
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # or DeepSpeed imports all of it
     for name in _LIBRARIES:
         importlib.import_module(name)
+    del sys.modules["mlflow"]
     package = importlib.import_module("tandem")
     for found in pkgutil.walk_packages(package.__path__, "tandem."):
         if not found.name.endswith("__main__"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -289,7 +290,8 @@ def _import_deepspeed(device: str) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls torch's collectives by their earlier names.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated")
-    import deepspeed
+    with _without("mlflow"):  # which its autotuner would import, in four times the time
+        import deepspeed
 
     # DeepSpeed would spend a minute on compiling shared-memory collectives for CPUs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -298,6 +300,19 @@ def _import_deepspeed(device: str) -> Any:
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
     return deepspeed
+
+
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Let imports of a package fail, as if it were not installed, unless it is imported already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def _flat_states(engine: Any) -> list[dict[str, Any]]:
