@@ -95,6 +95,7 @@ def test_a_sound_recipe_is_shown_stage_by_stage_and_nothing_of_the_run_is_writte
         "✓ export a GGUF file computes, cuts texts and ends answers as the model does",
         "sft.warmup_steps: 50 -> 1",
         "dtype: bfloat16 -> auto",
+        "dpo.max_steps: null -> 4",
         "not shown: memory and speed",
         "pairs.filters.language on real answers",
         "nothing failed in",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,9 @@ def _show(found: Rehearsal, console: Console) -> None:
     for name in found.skipped:
         console.print(f"– {name:<13} not reached", markup=False)
     _list(console, "worth knowing", found.notes)
-    changes = [f"{c.key}: {c.recipe} -> {c.rehearsed} ({c.why})" for c in found.changes]
+    changes = [
+        f"{c.key}: {_value(c.recipe)} -> {_value(c.rehearsed)} ({c.why})" for c in found.changes
+    ]
     _list(console, "other than in the recipe", changes)
     _list(console, "not shown", found.not_shown)
     console.print()
@@ -93,3 +96,8 @@ def _parser() -> Parser:
         help="Ask no server and no judge; stand-ins write and rank.")  # fmt: skip
     add("--keep", action="store_true", help="Keep the rehearsal's files.")
     return parser
+
+
+def _value(value: object) -> str:
+    """A value as a recipe has it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
