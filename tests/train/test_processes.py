@@ -11,9 +11,10 @@ import pytest
 import torch.distributed as dist
 
 from tandem.errors import TandemError, UserError
-from tandem.runtime import process_group
+from tandem.runtime import signs_of_life
 from tandem.runtime.launch import Launch
-from tandem.runtime.process_group import await_end, beating, in_words, join
+from tandem.runtime.process_group import in_words, join
+from tandem.runtime.signs_of_life import await_end, beating, connection
 
 from .meeting import ended, start
 
@@ -105,12 +106,12 @@ def test_a_connection_to_the_store_is_used_again(monkeypatch: pytest.MonkeyPatch
             made.append(store.clone())
             return made[-1]
 
-    monkeypatch.setattr(process_group, "_idle", [])
+    monkeypatch.setattr(signs_of_life, "_idle", [])
     for number in range(4):
-        with process_group._connection(Shared()) as own, beating(own, f"work/{number}", 1.0):
+        with connection(Shared()) as own, beating(own, f"work/{number}", 1.0):
             pass
         await_end(Shared(), f"work/{number}", timedelta(seconds=9))  # type: ignore[arg-type]
     assert len(made) == 1
-    with pytest.raises(ZeroDivisionError), process_group._connection(Shared()):
+    with pytest.raises(ZeroDivisionError), connection(Shared()):
         raise ZeroDivisionError
-    assert process_group._idle == []  # one that failed may be broken
+    assert signs_of_life._idle == []  # one that failed may be broken

@@ -38,6 +38,7 @@ def test_a_function_of_the_current_folder_is_found(module: str) -> None:
     assert load_function(f"{module}:double", "callbacks")(4) == 8
     assert load_function(f"{module}:Held.inner", "callbacks")(4) == 5
     assert load_function("math:sqrt", "callbacks")(4) == 2
+    assert load_function(f"{Path.cwd() / 'own_functions.py'}:double", "callbacks")(4) == 8
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,7 @@ def test_a_function_of_the_current_folder_is_found(module: str) -> None:
         ("own_functions.more:double", "there is no module own_functions.more"),
         ("own_functions:doubel", "own_functions has no doubel; did you mean double?"),
         ("own_functions:limit", "own_functions:limit is int, and no function"),
+        ("nowhere/own.py:f", "there is no file nowhere/own.py; check the path"),
         ("broken_functions:f", "broken_functions imports not_there_at_all, which is not there"),
         ("raising_functions:f", "raising_functions cannot be imported (ZeroDivisionError"),
     ],

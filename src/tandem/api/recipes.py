@@ -24,7 +24,7 @@ from tandem.recipe.load_recipe import changed_recipe, load_recipe, recipe_to_yam
 from tandem.recipe.recipe import Recipe, stages_of
 from tandem.runtime.launch import launched
 from tandem.storage.atomic_files import read_json
-from tandem.storage.manifest import read_manifest
+from tandem.storage.manifest import is_finished
 from tandem.storage.run_folder import StageName, made_pairs, output_folder, stage_folder
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class RunResult:
                 Result(one.stage.work, self.recipe, self.quiet, one.stage.round)
             )
             for one in stages_of(self.recipe)
-            if one.stage.work in _WITH_MODELS and _is_finished(one.folder)
+            if one.stage.work in _WITH_MODELS and is_finished(one.folder)
         }
 
     @property
@@ -117,7 +117,7 @@ class RunResult:
     def evaluation(self) -> Evaluation | None:
         """What the evaluation found; None while it is not finished."""
         folder = stage_folder(self.folder, "evaluate")
-        if not _is_finished(folder):
+        if not is_finished(folder):
             return None
         return Evaluation(read_json(folder / "evaluation.json"), folder, stages=True)
 
@@ -147,11 +147,6 @@ class RunResult:
         rows.append(("report", self.folder / "report.html"))
         evaluation = self.evaluation
         return table(rows) + ("" if evaluation is None else evaluation._repr_html_())
-
-
-def _is_finished(folder: Path) -> bool:
-    manifest = read_manifest(folder)
-    return manifest is not None and manifest["status"] == "finished"
 
 
 def plan(

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from tandem.data.records import Origin
@@ -20,6 +16,7 @@ from tandem.data.text.text_traits import contains_accepted, language_of, refuses
 from tandem.errors import UserError
 from tandem.pairs.prompts import Prompt
 from tandem.recipe.pairs_settings import FilterSettings
+from tandem.runtime.user_code import imported, is_missing_file
 from tandem.storage.hashing import hash_file
 
 # In scripts without spaces between words, each character is a word.
@@ -187,7 +184,14 @@ class UserCheck:
         name, colon, function = place.rpartition(":")
         if not colon or not name or not function.isidentifier():
             raise UserError(f"pairs.filters.check: {place!r} does not name a function. {_HOW}")
-        module = _imported(name, place)
+        if is_missing_file(name):
+            raise UserError(f"pairs.filters.check: there is no file {name}. {_HOW}")
+        try:
+            module = imported(name)
+        except Exception as error:  # a user's module may do anything
+            raise UserError(
+                f"pairs.filters.check: {place} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
         self._function: Any = getattr(module, function, None)
         if not callable(self._function):
             raise UserError(f"pairs.filters.check: {name} has no function {function}. {_HOW}")
@@ -214,26 +218,3 @@ class UserCheck:
             f"{origin}: pairs.filters.check {self.place} returned {verdict!r}, which is neither "
             "True, False nor a reason."
         )
-
-
-def _imported(name: str, place: str) -> ModuleType:
-    try:
-        if not name.endswith(".py"):
-            return importlib.import_module(name)
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(f"pairs.filters.check: there is no file {name}. {_HOW}")
-        spec = importlib.util.spec_from_file_location(f"tandem_check_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        # Pickling and dataclasses look for the module here.
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:  # a user's module may do anything
-        raise UserError(
-            f"pairs.filters.check: {place} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    return module

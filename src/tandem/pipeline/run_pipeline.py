@@ -25,7 +25,7 @@ from tandem.storage.atomic_files import atomic_write_json, atomic_write_text, re
 from tandem.storage.folder_lock import check_free
 from tandem.storage.hashing import hash_json, read_object, sealed, text_hash
 from tandem.storage.manifest import NAME as MANIFEST
-from tandem.storage.manifest import check_outputs, read_manifest, versions
+from tandem.storage.manifest import check_outputs, is_finished, read_manifest, versions
 from tandem.storage.run_folder import model_in_run, stages_in
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run_pipeline(
             if stage.name not in wanted:
                 continue
             console.rule(f"{number}/{len(planned)} {stage.name}: {stage.note}", align="left")
-            finished_before = processes.on_rank0(partial(_is_finished, stage))
+            finished_before = processes.on_rank0(partial(is_finished, stage.folder))
             run = partial(_run_stage, recipe, stage, console, callbacks)
             # All processes train; rank 0 does the rest while the others wait.
             result = run() if stage.stage.work in TRAINING_STAGES else processes.rank0_alone(run)
@@ -119,15 +119,10 @@ def _select(planned: list[PipelineStage], *, until: str | None, start: str | Non
 
 def _check_inputs(recipe: Recipe, planned: list[PipelineStage], wanted: set[str]) -> None:
     """See `check_inputs`; raises UserError, too, if another process holds the first stage to do."""
-    to_do = [stage for stage in planned if stage.name in wanted and not _is_finished(stage)]
+    to_do = [stage for stage in planned if stage.name in wanted and not is_finished(stage.folder)]
     if to_do:
         check_free(to_do[0].folder)
     check_inputs(recipe, wanted, wanted - {stage.name for stage in to_do})
-
-
-def _is_finished(stage: PipelineStage) -> bool:
-    manifest = read_manifest(stage.folder)
-    return manifest is not None and manifest["status"] == "finished"
 
 
 def _check_root(root: Path) -> None:

@@ -11,11 +11,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tandem.errors import TandemError, UserError
 from tandem.runtime.launch import Launch
+from tandem.runtime.signs_of_life import await_end, beating, connection, forget_connections
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -23,14 +23,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _BEAT = 5.0  # seconds between two signs of life of a process that works alone
-_ALIVE, _OVER = b"alive", b"over"
-_SHORT, _LONG = 0.001, 0.5  # seconds between two checks for a sign of life, at first and later
 _SLACK = timedelta(seconds=2)  # for torch to report a timeout itself
 _turns = count()
 _control: Any = None
-# Connections to the store that nothing waits on now. To connect may take seconds, where torch looks
-# for the name of an address and no name server answers.
-_idle: list[Any] = []
 
 
 def _dist() -> Any:
@@ -140,7 +135,7 @@ class ProcessGroup:
         if here:
             every = min(_BEAT, self._patience.total_seconds() / 4)
             # A connection of its own, because a wait blocks a store for others.
-            with _connection(shared) as own, beating(own, f"{name}/{self.rank}", every):
+            with connection(shared) as own, beating(own, f"{name}/{self.rank}", every):
                 try:
                     done.append(work())
                 except Exception as error:
@@ -238,7 +233,7 @@ def join(launch: Launch, backend: str, timeout: timedelta) -> ProcessGroup:
     dist = _dist()
     if not dist.is_initialized():
         _control = None
-        _idle.clear()
+        forget_connections()
         _meet(launch, backend, timeout)
     obtained = (dist.get_rank(), dist.get_world_size())
     if obtained != (launch.rank, launch.count):
@@ -257,7 +252,7 @@ def join(launch: Launch, backend: str, timeout: timedelta) -> ProcessGroup:
 def leave() -> None:
     """Disconnect from the other processes at the end of a command."""
     dist: Any = sys.modules.get("torch.distributed")
-    _idle.clear()
+    forget_connections()
     if dist is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -324,91 +319,3 @@ def _contact_lost(error: Exception) -> bool:
     if isinstance(error, _dist().DistError):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
-
-
-@contextmanager
-def _connection(store: Any) -> Iterator[Any]:
-    """A connection to the store that no other thread uses; kept for the next one, unless it fails.
-
-    `store` is the process group's own, which lasts until the processes `leave`.
-    """
-    try:
-        own = _idle.pop()
-    except IndexError:
-        own = store.clone()
-    yield own
-    _idle.append(own)
-
-
-@contextmanager
-def beating(store: Store, name: str, every: float) -> Iterator[None]:
-    """Give a sign of life every `every` seconds while the body works, for `await_end`.
-
-    `name` identifies this piece of work, the same in all processes and never used again.
-    """
-    dist = _dist()
-    over, beats = threading.Event(), count()
-
-    def beat() -> None:
-        with suppress(dist.DistError):  # no process is left to listen
-            while not over.wait(every):
-                store.set(f"{name}/{next(beats)}", _ALIVE.decode())
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        with suppress(dist.DistError):
-            store.set(f"{name}/{next(beats)}", _OVER.decode())
-
-
-def await_end(store: Store, name: str, patience: timedelta) -> None:
-    """Wait until the body of `beating` ends, however long that takes.
-
-    Raises TimeoutError without a sign of life for `patience`, DistError if the store is lost.
-    """
-    heard: SimpleQueue[bytes | Exception] = SimpleQueue()
-    left = threading.Event()
-    # In a thread, because a call of a frozen store never returns, whatever the timeout.
-    listener = threading.Thread(target=_listen, args=(store, name, heard, left), daemon=True)
-    listener.start()
-    try:
-        word: bytes | Exception = _ALIVE
-        while word != _OVER:
-            try:
-                word = heard.get(timeout=patience.total_seconds())
-            except Empty:
-                raise TimeoutError(name) from None
-            if isinstance(word, Exception):
-                raise word
-    finally:
-        left.set()
-        # torch aborts an interpreter that ends while one of its threads is in the store.
-        listener.join(timeout=1.0)
-
-
-def _listen(
-    shared: Any, name: str, heard: SimpleQueue[bytes | Exception], left: threading.Event
-) -> None:
-    """Pass on each sign of life up to the last one."""
-    dist = _dist()
-    pause, beats = _SHORT, count()
-    key = f"{name}/{next(beats)}"
-    try:
-        # A connection of its own, because a wait blocks a store for others; made in this thread,
-        # because a frozen store blocks that as well.
-        with _connection(shared) as store:
-            while not left.wait(pause):
-                if not store.check([key]):
-                    pause = min(2 * pause, _LONG)
-                    continue
-                word = store.get(key)
-                heard.put(word)
-                if word == _OVER:
-                    return
-                key = f"{name}/{next(beats)}"
-    except dist.DistError as error:
-        heard.put(error)

@@ -43,7 +43,7 @@ from tandem.runtime.console import log, say_finished
 from tandem.runtime.launch import launched
 from tandem.storage.folder_lock import check_free, folder_lock
 from tandem.storage.hashing import hash_bytes, hash_file, hash_json, hash_weights
-from tandem.storage.manifest import check_made, open_stage, read_manifest
+from tandem.storage.manifest import check_made, is_finished, open_stage
 from tandem.storage.run_folder import run_of
 
 # Settings that do not change what is computed.
@@ -178,7 +178,7 @@ def training_is_finished(stage: str, job: TrainingJob, console: Console) -> bool
         check_format(source)
         if is_local(source.path):
             local_files(source.path, source.split)
-    if not _may_be_finished(job.folder):
+    if not is_finished(job.folder):
         return False
     device, folder, beside = device_names(run), model_folder(run.model), run_of(job.folder)
     tokenizer = read_light_tokenizer(folder)
@@ -191,7 +191,7 @@ def training_is_finished(stage: str, job: TrainingJob, console: Console) -> bool
     template = resolve_template(tokenizer, run.chat_template)
     data = (sources, held_out)
     inputs = training_inputs(job, folder, template, added, data, device.dtype_name)
-    if not _is_finished(job.folder, stage, inputs):
+    if not _is_finished_with(job.folder, stage, inputs):
         return False
     for notice in idle_settings(run, device, settings.optimizer):
         log(console, f"{stage}: {notice}")
@@ -209,25 +209,20 @@ def merge_is_finished(job: MergeJob, console: Console) -> bool:
     base = model_folder(job.run.model)
     require_model(base)
     read_config_values(job.adapter)
-    if not _may_be_finished(job.folder):
+    if not is_finished(job.folder):
         return False
     for folder in (base, job.adapter):
         check_made(folder, lambda text: log(console, f"merge: {text}", style="yellow"))
     inputs = merge_inputs(job, base)
     if not job.force and trained_weights(job.adapter) not in (None, inputs["base"]["weights"]):
         return False  # refused, with the reason, by the merge itself
-    if not _is_finished(job.folder, "merge", inputs):
+    if not _is_finished_with(job.folder, "merge", inputs):
         return False
     say_finished(console, "merge", job.folder)
     return True
 
 
-def _may_be_finished(folder: Path) -> bool:
-    manifest = read_manifest(folder)
-    return manifest is not None and manifest["status"] == "finished"
-
-
-def _is_finished(folder: Path, stage: str, inputs: Mapping[str, Any]) -> bool:
+def _is_finished_with(folder: Path, stage: str, inputs: Mapping[str, Any]) -> bool:
     """Whether a stage is finished; raises UserError for other inputs, and for changed outputs."""
     with folder_lock(folder):
         return open_stage(folder, stage, inputs).state == "finished"

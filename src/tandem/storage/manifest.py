@@ -107,6 +107,12 @@ def start_stage(
     atomic_write_json(path, sealed(record))
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a folder has a finished stage; raise Damaged if its manifest cannot be a stage's."""
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest["status"] == "finished"
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest in a stage folder, if any; raise Damaged if it cannot be a stage's."""
     path = folder / NAME

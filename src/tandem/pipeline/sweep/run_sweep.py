@@ -33,7 +33,7 @@ from tandem.recipe.recipe import Recipe, stages_of
 from tandem.runtime.console import log
 from tandem.runtime.process_group import ProcessGroup
 from tandem.storage.folder_lock import folder_lock
-from tandem.storage.manifest import read_manifest
+from tandem.storage.manifest import is_finished
 from tandem.train.pauses import pause_name, pause_steps
 
 
@@ -122,7 +122,7 @@ class _Sweep:
             check_take(grid, states)
         wanted = {*shared_stages(grid.shared), "dpo"}
         root: dict[str, Path] = {stage.name: stage.folder for stage in stages_of(grid.shared)}
-        finished = {name for name in wanted - {"dpo"} if _is_finished(root[name])}
+        finished = {name for name in wanted - {"dpo"} if is_finished(root[name])}
         if all(state.finished for state in states):
             finished.add("dpo")
         check_inputs(grid.trials[0].recipe, wanted, finished)
@@ -228,11 +228,6 @@ class _Sweep:
         """Write the comparison as it is now."""
         metric, halving = self.options.metric, self.options.halving
         return write_results(self.grid, self._states(), metric, halving, complete=complete)
-
-
-def _is_finished(folder: Path) -> bool:
-    manifest = read_manifest(folder)
-    return manifest is not None and manifest["status"] == "finished"
 
 
 def failures(results: dict[str, Any]) -> list[str]:
